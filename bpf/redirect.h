@@ -1,0 +1,257 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The contract between the programs (bpf/) and the loader (native/): map names, keys, values, and the enums
+ * whose words appear in counters, trace and metrics. Fixed-width types only. Every struct is laid out without
+ * implicit padding, because padding bytes would take part in hash keys.
+ *
+ * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d. Ports are host order. MACs are 6 bytes.
+ * A change of any layout here raises LAYOUT_VERSION.
+ */
+#ifndef AMBIENT_REDIRECT_H
+#define AMBIENT_REDIRECT_H
+
+#include <linux/types.h>
+
+#define LAYOUT_VERSION 1
+
+#define NETWORK_LEN 256
+#define CONTAINER_ID_LEN 256
+#define INTERFACE_LEN 16
+#define POD_NAME_LEN 256
+#define POD_NAMESPACE_LEN 64
+#define POD_UID_LEN 64
+#define SERVICE_ACCOUNT_LEN 256
+#define NETNS_PATH_LEN 512
+#define MAX_ADDRESSES 16
+#define MAX_HOOKS 6
+#define PROXY_SLOTS 4
+
+/* Which program counted a packet; also the program's name in the kernel (lower case, at most 15 bytes). */
+enum program {
+	POD_EGRESS = 1,    /* what the pod sends: ingress of the pod's host-side veth */
+	POD_INGRESS = 2,   /* what the pod receives: egress of the pod's host-side veth */
+	PROXY_EGRESS = 3,  /* what the proxy sends: ingress of the proxy's host-side veth */
+	PROXY_GUARD = 4,   /* egress of the proxy's host-side veth: nobody else carries our sign */
+	PROXY_INGRESS = 5, /* what the proxy receives: ingress of its own eth0, inside its netns */
+};
+
+/*
+ * One reason per packet. The word is the enumerator in lower case without REASON_; native/ and plugin/ print
+ * these words, a test ties the three lists together.
+ */
+enum reason {
+	REASON_REDIRECTED_OUTBOUND = 1,
+	REASON_REDIRECTED_INBOUND = 2,
+	REASON_TO_PROXY_ESTABLISHED = 3,
+	REASON_FROM_PROXY_LOCAL = 4,
+	REASON_FROM_PROXY_REINJECTED = 5,
+	REASON_FROM_PROXY_SECOND_LEG = 6,  /* SYN of the proxy to port 15008 of a local enrolled pod, sent back as inbound */
+	REASON_TO_PROXY_COOKIE = 7,        /* ACK of a valid SYN cookie: no socket yet, the listener makes it */
+	REASON_TO_PROXY_ORPHANED = 8,      /* flow was the proxy's, its socket is gone: the proxy answers with RST */
+	REASON_TO_PROXY_ICMP_ERROR = 9,    /* ICMP error about a flow of the proxy */
+	REASON_PROXY_ASSIGNED = 10,        /* inside the proxy's netns: listener picked */
+	REASON_PROXY_DELIVERED = 11,       /* inside the proxy's netns: left to TCP's own lookup */
+	REASON_PROXY_TIME_WAIT = 12,       /* inside the proxy's netns: SYN for a TIME_WAIT tuple, not assigned */
+	REASON_DNS_CAPTURED = 13,
+	REASON_DNS_ANSWERED = 14,
+
+	REASON_PASS_NOT_TCP = 32,
+	REASON_PASS_HOST_SOCKET = 33,
+	REASON_PASS_EXCLUDED_PORT = 34,
+	REASON_PASS_EXCLUDED_CIDR = 35,
+	REASON_PASS_NO_PROXY_SOCKET = 36,  /* flow older than its pod's enrolment */
+	REASON_PASS_FAILURE_POLICY_OPEN = 37,
+	REASON_PASS_DRAINING = 38,
+	REASON_PASS_DIRECT = 39,           /* flow that was let go direct on purpose when it began */
+	REASON_PASS_LINK_LOCAL = 40,
+	REASON_PASS_OTHER_HOST = 41,       /* destination MAC is not the pod's: a frame that a bridge flooded */
+	REASON_PASS_BYPASS = 42,           /* our own mark: decided by another program of ours */
+	REASON_PASS_PROXY_OWN = 43,        /* the proxy speaks for itself, or about a pod that is not enrolled */
+	REASON_PASS_NOT_WANTED = 44,       /* proxy.ports has 0 for this kind */
+
+	REASON_DROP_NO_LISTENER = 64,
+	REASON_DROP_SPOOFED_SOURCE = 65,
+	REASON_DROP_NOT_OUR_ADDRESS = 66,
+	REASON_DROP_SHORT_FIRST_FRAGMENT = 67,
+	REASON_DROP_SYN_FRAGMENT = 68,
+	REASON_DROP_MALFORMED = 69,
+	REASON_DROP_REDIRECT_FAILED = 70,
+	REASON_DROP_ORPHANED_FLOW = 71,
+	REASON_DROP_VLAN_TAGGED = 72,
+	REASON_DROP_FORGED_SIGN = 73,
+	REASON_DROP_FRAGMENT = 74,         /* later fragment of a TCP segment */
+	REASON_MAX = 96,
+};
+
+/* struct interface.flags */
+#define INTERFACE_ENROLLED (1u << 0)
+#define INTERFACE_STRICT (1u << 1)        /* enrolled by its own ADD: no flow can be older */
+#define INTERFACE_POLICY_OPEN (1u << 2)
+#define INTERFACE_CLOSED_RESET (1u << 3)
+#define INTERFACE_DNS (1u << 4)
+#define INTERFACE_DRAINING (1u << 5)
+#define INTERFACE_NO_PEER (1u << 6)       /* its host veth has somebody's queue: never skip it with redirect_peer */
+
+/* map "interfaces", hash: host-side ifindex -> */
+struct interface {
+	__u8 pod_mac[6];
+	__u8 gateway_mac[6]; /* whom the pod's frames are addressed to: the host veth (routed) or its bridge */
+	__u32 flags;
+	__u32 pod_ifindex;   /* inside the pod's netns */
+	__s32 nsid;          /* the pod's netns as seen from the host's; -1: not known */
+	__u32 master;        /* ifindex of the bridge the host veth is a port of; 0: none */
+	__u16 pad0;
+	__u16 pad1;
+};
+
+/* map "endpoints", hash: 16-byte address -> */
+struct endpoint {
+	__u32 ifindex;       /* host-side */
+	__u32 flags;         /* INTERFACE_*, a copy of its interface's */
+	__u8 pod_mac[6];
+	__u16 pad;
+};
+
+/* One proxy. Listener ports of 0 are not wanted. */
+struct proxy {
+	__u8 key[32];        /* its attachment */
+	__u64 netns_cookie;  /* 0: kernel older than 5.14 */
+	__u64 netns_ino;
+	__u32 host_ifindex;
+	__u32 pod_ifindex;
+	__s32 nsid;
+	__u32 master;
+	__u8 mac[6];         /* of its eth0 */
+	__u16 outbound;
+	__u16 inbound_plaintext;
+	__u16 inbound_hbone;
+	__u16 dns;
+	__u16 pad0;
+	__u32 flags;
+	__u32 pad1;
+};
+
+/* map "proxies", hash with the single key 0, replaced whole so that programs never see a half-written one. */
+struct proxies {
+	__u32 count;
+	__u32 generation;
+	struct proxy slot[PROXY_SLOTS]; /* newest first */
+};
+
+/* map "settings", array[1]: what the state directory was created with. */
+struct settings {
+	__u32 layout;
+	__u32 max_pods;
+	__u32 max_flows;
+	__u32 direct_flows; /* per pod */
+	__u32 mark_bypass;
+	__u32 mark_to_proxy;
+	__u32 mark_tproxy;
+	__u32 variant;      /* VARIANT_* */
+	__u8 sign[5];       /* first five bytes of the source MAC that carries our signal over a veth: 02 and 32 random bits */
+	__u8 pad[3];
+	__u8 boot_id[16];
+};
+
+/* struct settings.variant: what must not be used although the kernel may have it */
+#define VARIANT_NO_REDIRECT_PEER (1u << 0)
+#define VARIANT_NO_SK_LOOKUP (1u << 1)
+#define VARIANT_NO_SK_ASSIGN (1u << 2)
+#define VARIANT_FULL_SOCKETS_ONLY (1u << 3)
+
+/* Last byte of the signed source MAC. */
+#define SIGN_OUTBOUND 1
+#define SIGN_INBOUND 2
+#define SIGN_ESTABLISHED 3
+#define SIGN_COOKIE_OUTBOUND 4 /* no socket: the listener must get this ACK */
+#define SIGN_COOKIE_INBOUND 5
+#define SIGN_ICMP 6
+
+/* A TCP tuple. In "flows" it is written as the proxy sends it. In "direct" source is the pod's end. */
+struct tuple {
+	__u8 source[16];
+	__u8 destination[16];
+	__u16 source_port;
+	__u16 destination_port;
+};
+
+/* map "flows", LRU hash: tuple as the proxy sends it -> */
+struct flow {
+	__u32 ifindex; /* host-side interface of the pod whose SYN made the entry */
+	__u32 kind;
+};
+#define FLOW_OUTBOUND 1 /* a pod's SYN was taken: replies go straight into that pod */
+#define FLOW_INBOUND 2  /* a SYN towards a pod was taken: replies go back through the node's stack */
+#define FLOW_UPSTREAM 3 /* the proxy's own SYN to a local pod: the flow goes straight into that pod */
+
+/* map "direct", hash of maps: host-side ifindex -> LRU hash of struct tuple -> __u64 bpf_ktime_get_ns of the SYN */
+
+/* map "counters", per-CPU hash without preallocation */
+struct counter_key {
+	__u32 ifindex; /* host-side interface; 0 for PROXY_INGRESS, whose ifindex belongs to another namespace */
+	__u16 program;
+	__u16 reason;
+};
+struct counter {
+	__u64 packets;
+	__u64 bytes;
+};
+
+/* Where a program is attached, as far as that is needed to find and prove it again. */
+struct hook_record {
+	__u32 program;  /* enum program; 0: slot unused */
+	__u32 kind;     /* HOOK_* */
+	__u32 ifindex;  /* in the host's netns, or the pod's where in_netns is set */
+	__u32 egress;   /* 0 ingress, 1 egress, as seen from that device */
+	__u32 in_netns;
+	__u32 program_id;
+	__u32 handle;   /* clsact only */
+	__u32 priority; /* clsact only */
+};
+#define HOOK_TCX 1
+#define HOOK_CLSACT 2
+
+#define ATTACHMENT_ATTACHING 1
+#define ATTACHMENT_ATTACHED 2
+#define ATTACHMENT_RECORDED 3 /* seen, not enrolled: nothing attached */
+
+#define ROLE_NONE 0
+#define ROLE_POD 1
+#define ROLE_PROXY 2
+
+#define CONTRACT_SHARED 1
+#define CONTRACT_IN_POD 2
+
+/* map "attachments", hash without preallocation: 32-byte key (SHA-256 of network, container id, ifname) -> */
+struct attachment {
+	__u32 layout;
+	__u32 state;
+	__u32 role;
+	__u32 contract;
+	__u32 flags; /* INTERFACE_* */
+	__u32 host_ifindex;
+	__u32 pod_ifindex;
+	__s32 nsid;
+	__u64 netns_dev;
+	__u64 netns_ino;
+	__u64 netns_cookie;
+	__u64 enrolled_at; /* seconds since 1970 */
+	__u8 pod_mac[6];
+	__u8 host_mac[6];
+	__u32 address_count;
+	__u8 boot_id[16];
+	__u8 addresses[MAX_ADDRESSES][16];
+	struct hook_record hooks[MAX_HOOKS];
+	char program_tag[64];
+	char host_ifname[INTERFACE_LEN];
+	char ifname[INTERFACE_LEN];
+	char network[NETWORK_LEN];
+	char container_id[CONTAINER_ID_LEN];
+	char pod_name[POD_NAME_LEN];
+	char pod_namespace[POD_NAMESPACE_LEN];
+	char pod_uid[POD_UID_LEN];
+	char service_account[SERVICE_ACCOUNT_LEN];
+	char netns_path[NETNS_PATH_LEN];
+};
+
+#endif

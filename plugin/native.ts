@@ -1,0 +1,396 @@
+// SPDX-License-Identifier: Apache-2.0
+// What native/ exports. Types only: plugin/addon.ts loads the module. The structs behind these objects are
+// bpf/redirect.h; the addon encodes and decodes them, so no byte offset appears in TypeScript.
+//
+// Every function is synchronous unless it returns a Promise, works on the calling thread and restores that thread's
+// network namespace before it returns. A failing kernel call throws an Error with the fields of NativeError.
+// A wrong argument throws a TypeError before any kernel call. `netns` arguments are descriptors from openNetns(), or
+// HOST (-1) for the namespace the process runs in.
+
+/** 16 bytes in network order, IPv4 as ::ffff:a.b.c.d. */
+export type Address = Uint8Array;
+/** 32 bytes: SHA-256 over network name, container id, ifname. */
+export type AttachmentKey = Uint8Array;
+/** "02:00:5e:10:00:01" */
+export type Mac = string;
+export type Direction = 'ingress' | 'egress';
+export type ProgramName = 'pod_egress' | 'pod_ingress' | 'proxy_egress' | 'proxy_guard' | 'proxy_ingress';
+export const HOST = -1;
+
+export interface NativeError extends Error {
+  /** "EEXIST" */
+  code: string;
+  errno: number;
+  /** the kernel call that failed: "bpf(BPF_LINK_CREATE)", "RTM_NEWQDISC", "setns", ... */
+  syscall: string;
+  /** only when loading programs failed */
+  verifierLog?: string;
+  /** the kernel's own words (netlink extended ack), if it said any */
+  kernelMessage?: string;
+}
+
+export interface NetnsIdentity {
+  dev: bigint;
+  ino: bigint;
+  /** SO_NETNS_COOKIE; 0n on kernels older than 5.14 */
+  cookie: bigint;
+}
+
+export interface Link {
+  ifindex: number;
+  name: string;
+  /** IFLA_INFO_KIND: "veth", "bridge", "macvlan", ...; "" for physical devices */
+  kind: string;
+  mac: Mac;
+  mtu: number;
+  up: boolean;
+  /** IFLA_LINK; 0 if none */
+  peerIfindex: number;
+  /** IFLA_LINK_NETNSID; -1 if absent (peer in the same namespace or no peer) */
+  peerNetnsId: number;
+  /** IFLA_MASTER; 0 if none */
+  master: number;
+}
+
+export interface LinkAddress {
+  address: Address;
+  /** prefix length in 128-bit space: an IPv4 /24 is 120 */
+  prefix: number;
+  /** RT_SCOPE_*: 0 universe, 200 site, 253 link, 254 host */
+  scope: number;
+}
+
+export interface Qdisc {
+  kind: string;
+  handle: number;
+  parent: number;
+}
+
+export interface TcFilter {
+  kind: string;
+  priority: number;
+  protocol: number;
+  handle: number;
+  /** cls_bpf only, else 0 */
+  programId: number;
+  /** cls_bpf: TCA_BPF_NAME, else "" */
+  name: string;
+  directAction: boolean;
+}
+
+export interface TcxEntry {
+  programId: number;
+  linkId: number;
+}
+
+export interface BpfLinkInfo {
+  linkId: number;
+  programId: number;
+  /** 0 when the device is gone and the link is only a dead pin */
+  ifindex: number;
+  direction: Direction;
+}
+
+export interface ProgramInfo {
+  id: number;
+  name: string;
+  /** 16 hex digits */
+  tag: string;
+}
+
+export interface StateSettings {
+  layout: number;
+  maxPods: number;
+  maxFlows: number;
+  directFlowsPerPod: number;
+  marks: { bypass: number; toProxy: number; tproxy: number };
+  /** VARIANT_* bits */
+  variant: number;
+  /** five bytes */
+  sign: Uint8Array;
+  bootId: string;
+}
+
+/** Opened pins of one state directory; release with closeState(). */
+export type State = { readonly __state: unique symbol };
+
+export interface HookRecord {
+  program: ProgramName;
+  kind: 'tcx' | 'clsact';
+  ifindex: number;
+  direction: Direction;
+  inNetns: boolean;
+  programId: number;
+  handle: number;
+  priority: number;
+}
+
+export interface AttachmentRecord {
+  /** version of the layout it was written with */
+  layout: number;
+  state: 'attaching' | 'attached' | 'recorded';
+  role: 'none' | 'pod' | 'proxy';
+  contract: 'shared' | 'in-pod';
+  /** INTERFACE_* bits */
+  flags: number;
+  hostIfindex: number;
+  podIfindex: number;
+  nsid: number;
+  netns: NetnsIdentity;
+  /** seconds since 1970 */
+  enrolledAt: number;
+  podMac: Mac;
+  hostMac: Mac;
+  /** "f0e1...-..." as in /proc/sys/kernel/random/boot_id */
+  bootId: string;
+  addresses: Address[];
+  hooks: HookRecord[];
+  programTag: string;
+  hostIfname: string;
+  ifname: string;
+  network: string;
+  containerId: string;
+  podName: string;
+  podNamespace: string;
+  podUid: string;
+  serviceAccount: string;
+  netnsPath: string;
+}
+
+export interface InterfaceRecord {
+  podMac: Mac;
+  gatewayMac: Mac;
+  flags: number;
+  podIfindex: number;
+  nsid: number;
+  master: number;
+}
+
+export interface EndpointRecord {
+  ifindex: number;
+  flags: number;
+  podMac: Mac;
+}
+
+export interface ProxyRecord {
+  key: AttachmentKey;
+  netnsCookie: bigint;
+  netnsIno: bigint;
+  hostIfindex: number;
+  podIfindex: number;
+  nsid: number;
+  master: number;
+  mac: Mac;
+  ports: { outbound: number; inboundPlaintext: number; inboundHBONE: number; dns: number };
+}
+
+export interface Counter {
+  /** host-side interface; 0 for proxy_ingress */
+  ifindex: number;
+  program: ProgramName;
+  reason: string;
+  packets: bigint;
+  bytes: bigint;
+}
+
+export interface Rule {
+  family: 4 | 6;
+  priority: number;
+  /** compared whole: FRA_FWMASK 0xffffffff */
+  mark: number;
+  table: number;
+  /** FRA_PROTOCOL */
+  protocol: number;
+}
+
+export interface LocalRoute {
+  family: 4 | 6;
+  table: number;
+  /** rtm_protocol */
+  protocol: number;
+}
+
+export interface Listener {
+  family: 4 | 6;
+  /** textual address */
+  address: string;
+  port: number;
+  /** family 6 only: false means it takes IPv4 too */
+  v6only: boolean;
+  /** undefined where the kernel does not tell (INET_DIAG_SOCKOPT, 5.10) */
+  transparent: boolean | undefined;
+  uid: number;
+  inode: number;
+  mark: number | undefined;
+}
+
+export interface Native {
+  /** LAYOUT_VERSION the addon was built with */
+  readonly layoutVersion: number;
+  /** identifies the built BPF object: 16 hex digits of its SHA-256 */
+  readonly objectId: string;
+  /** every reason and program word, by number: ties TypeScript to redirect.h */
+  readonly reasons: Readonly<Record<string, number>>;
+  readonly programs: Readonly<Record<ProgramName, number>>;
+  /** struct sizes, for documentation and tests: {interface, endpoint, attachment, ...} */
+  readonly sizes: Readonly<Record<string, number>>;
+  readonly flags: Readonly<Record<string, number>>;
+
+  // --- descriptors, files, namespaces -------------------------------------------------------------------------
+  close(fd: number): void;
+  /** open(path, O_RDONLY|O_CLOEXEC) and NS_GET_NSTYPE; EINVAL if it is not a network namespace */
+  openNetns(path: string): number;
+  netnsIdentity(netns: number): NetnsIdentity;
+  /** nsid of `netns` as seen from the process's namespace; allocates one if there is none and `allocate`; else -1 */
+  netnsId(netns: number, allocate: boolean): number;
+  /** flock(LOCK_EX) on a file created 0600; waits at most timeoutMs, then ETIMEDOUT. Released by close(). */
+  lockFile(path: string, timeoutMs: number): number;
+  /** statfs magic is BPF_FS_MAGIC; false if path does not exist */
+  isBpffs(path: string): boolean;
+  mountBpffs(path: string): void;
+  /** mkdir; false if it was there already */
+  makeDirectory(path: string, mode: number): boolean;
+  removeDirectory(path: string): boolean;
+  /** unlink; false if it was not there */
+  removeFile(path: string): boolean;
+  /** effective capabilities of this thread, as a bit set (capget) */
+  capabilities(): bigint;
+
+  // --- links (rtnetlink) ---------------------------------------------------------------------------------------
+  linkByName(netns: number, name: string): Link | null;
+  linkByIndex(netns: number, ifindex: number): Link | null;
+  linkAddresses(netns: number, ifindex: number): LinkAddress[];
+  qdiscs(netns: number, ifindex: number): Qdisc[];
+
+  // --- routing in the proxy's netns; existing identical entries are not an error (returns false) -----------------
+  addRule(netns: number, rule: Rule): boolean;
+  /** deletes only a rule that matches in every field; false if there is none */
+  deleteRule(netns: number, rule: Rule): boolean;
+  rules(netns: number, family: 4 | 6): Rule[];
+  /** local default (0.0.0.0/0 or ::/0) dev lo in `table` */
+  addLocalRoute(netns: number, route: LocalRoute): boolean;
+  deleteLocalRoute(netns: number, route: LocalRoute): boolean;
+  localRoutes(netns: number, family: 4 | 6, table: number): LocalRoute[];
+
+  // --- state directory -------------------------------------------------------------------------------------------
+  /** Creates and pins every map that is missing under dir (which exists, on bpffs), settings last. Caller holds the lock. */
+  createState(
+    dir: string,
+    wanted: Omit<StateSettings, 'layout' | 'sign' | 'bootId'>,
+  ): void;
+  /**
+   * Opens the pins. ENOENT: no (complete) state there. EPROTO: layout of another version or a map of another shape;
+   * message names found and wanted.
+   */
+  openState(dir: string): State;
+  closeState(state: State): void;
+  settings(state: State): StateSettings;
+
+  getAttachment(state: State, key: AttachmentKey): AttachmentRecord | null;
+  /** E2BIG when the map is full */
+  putAttachment(state: State, key: AttachmentKey, record: AttachmentRecord): void;
+  deleteAttachment(state: State, key: AttachmentKey): boolean;
+  listAttachments(state: State): { key: AttachmentKey; record: AttachmentRecord }[];
+
+  getInterface(state: State, ifindex: number): InterfaceRecord | null;
+  putInterface(state: State, ifindex: number, record: InterfaceRecord): void;
+  deleteInterface(state: State, ifindex: number): boolean;
+  listInterfaces(state: State): { ifindex: number; record: InterfaceRecord }[];
+
+  getEndpoint(state: State, address: Address): EndpointRecord | null;
+  /** exclusive: BPF_NOEXIST, so EEXIST tells of a holder */
+  putEndpoint(state: State, address: Address, record: EndpointRecord, exclusive: boolean): void;
+  deleteEndpoint(state: State, address: Address): boolean;
+  listEndpoints(state: State): { address: Address; record: EndpointRecord }[];
+
+  getProxies(state: State): { generation: number; proxies: ProxyRecord[] };
+  putProxies(state: State, generation: number, proxies: ProxyRecord[]): void;
+
+  /** The pod's own table of direct flows; replaces one that is there only if `replace`. */
+  putDirectFlows(state: State, ifindex: number, entries: number, replace: boolean): void;
+  deleteDirectFlows(state: State, ifindex: number): boolean;
+  /** interfaces that have such a table */
+  listDirectFlows(state: State): number[];
+
+  counters(state: State): Counter[];
+  /** forgets an interface's counters */
+  deleteCounters(state: State, ifindex: number): number;
+  /** per map: entries in use, capacity, bytes as the kernel accounts them (fdinfo memlock); inner maps summed */
+  mapUsage(state: State): { map: string; entries: number; capacity: number; bytes: number }[];
+
+  // --- programs ------------------------------------------------------------------------------------------------
+  /** Loads all programs against the pinned maps of `state` and pins them under dir/programs/<tag>/NAME. Caller holds the lock. */
+  loadPrograms(state: State, dir: string, tag: string): void;
+  /** BPF_OBJ_GET of a program pin; ENOENT if absent */
+  openProgram(path: string): number;
+  programInfo(programFd: number): ProgramInfo;
+  /** null if no program has that id (any more) */
+  programById(id: number): ProgramInfo | null;
+  /** BPF_PROG_TEST_RUN with data_in = packet (Ethernet), optional __sk_buff fields */
+  testRun(
+    programFd: number,
+    packet: Uint8Array,
+    skb?: { mark?: number; ingressIfindex?: number; ifindex?: number; repeat?: number },
+  ): { verdict: number; packet: Uint8Array; mark: number; nanoseconds: number };
+
+  // --- hooks -----------------------------------------------------------------------------------------------------
+  /** BPF_LINK_CREATE (first: BPF_F_BEFORE, last: BPF_F_AFTER) and BPF_OBJ_PIN; undone if the pin fails. EINVAL/EOPNOTSUPP below 6.6 */
+  attachTcx(
+    netns: number,
+    ifindex: number,
+    direction: Direction,
+    programFd: number,
+    order: 'first' | 'last',
+    pinPath: string,
+  ): { linkId: number };
+  queryTcx(netns: number, ifindex: number, direction: Direction): TcxEntry[];
+  /** of a pinned link; null if the pin is absent */
+  linkInfo(pinPath: string): BpfLinkInfo | null;
+  /** BPF_LINK_UPDATE */
+  updateLink(pinPath: string, programFd: number): void;
+  /** BPF_LINK_DETACH (tolerates a dead device) and unlink; false if the pin is absent */
+  detachLink(pinPath: string): boolean;
+  /** RTM_NEWQDISC clsact; false if a clsact is there; EBUSY with kernelMessage when an ingress qdisc holds the place */
+  addClsact(netns: number, ifindex: number): boolean;
+  filters(netns: number, ifindex: number, direction: Direction): TcFilter[];
+  /** cls_bpf, direct action, ETH_P_ALL, NLM_F_CREATE|NLM_F_EXCL unless replace */
+  attachFilter(
+    netns: number,
+    ifindex: number,
+    direction: Direction,
+    programFd: number,
+    filter: { priority: number; handle: number; name: string; replace: boolean },
+  ): void;
+  /** only if that filter runs `programId` or one named as `name`; false if it is not there */
+  deleteFilter(
+    netns: number,
+    ifindex: number,
+    direction: Direction,
+    filter: { priority: number; handle: number },
+  ): boolean;
+
+  // --- sockets ---------------------------------------------------------------------------------------------------
+  /** listening TCP sockets of a netns (sock_diag) */
+  listeners(netns: number): Listener[];
+  /** IP_TRANSPARENT listener, non-blocking, for net.Server.listen({fd}); closed by its owner */
+  listenTransparent(
+    netns: number,
+    options: { family: 4 | 6; address: string; port: number; backlog: number; reusePort: boolean; v6only: boolean; mark: number },
+  ): number;
+  /** connects from a source address that may be foreign (IP_TRANSPARENT); resolves with the connected descriptor */
+  connectTransparent(
+    netns: number,
+    options: { source: string | null; sourcePort: number; destination: string; port: number; mark: number; timeoutMs: number },
+  ): Promise<number>;
+  /** an ordinary listener or connection inside another netns, for the demo's own pods */
+  listenPlain(netns: number, options: { address: string; port: number; backlog: number }): number;
+
+  // --- kernel ------------------------------------------------------------------------------------------------------
+  /** by doing, never by version: {tcx, redirectPeer, skAssign, skLookup, skcLookup, checkMtu, tcpCheckSyncookie, netnsCookie, btf} */
+  features(): Record<string, boolean>;
+
+  // --- only in the fault-injecting build ------------------------------------------------------------------------------
+  /** the n-th kernel call from now on (1-based) fails with `errno`; 0 switches off; kernelCalls() counts */
+  failKernelCall?(n: number, errno: number): void;
+  kernelCalls?(): string[];
+}
