@@ -6,7 +6,7 @@
 # ambient_redirect_asan    the same under AddressSanitizer
 {
   'variables': {
-    'skeletons': '<(SHARED_INTERMEDIATE_DIR)/bpf',
+    'skeletons': 'build/skeletons',
     'programs': '<!(ls bpf/*.bpf.c 2>/dev/null || true)',
   },
   'target_defaults': {
