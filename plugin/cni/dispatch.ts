@@ -23,6 +23,9 @@ export interface Verbs {
   status(request: Request): void | Promise<void>;
 }
 
+/** Standard input to its end. */
+export type ReadStdin = () => Buffer | Promise<Buffer>;
+
 export interface Outcome {
   /** empty, or one JSON document and a newline */
   stdout: string;
@@ -37,7 +40,7 @@ export interface Outcome {
  */
 export async function dispatch(
   env: NodeJS.ProcessEnv,
-  readStdin: () => Buffer,
+  readStdin: ReadStdin,
   verbs: () => Verbs | Promise<Verbs>,
 ): Promise<Outcome> {
   // SPEC: errors carry the configuration's version. Until it is known, the newest.
@@ -46,10 +49,10 @@ export async function dispatch(
   try {
     const invocation = parseEnvironment(env);
     verb = invocation.command;
-    if (invocation.command === 'VERSION') return success(version(readForVersion(readStdin)));
+    if (invocation.command === 'VERSION') return success(version(await readForVersion(readStdin)));
     const { command } = invocation;
 
-    const raw = decodeDocument(readAll(readStdin));
+    const raw = decodeDocument(await readAll(readStdin));
     if (typeof raw.cniVersion === 'string' && raw.cniVersion !== '') answerVersion = raw.cniVersion;
     networkName(raw);
     assertVersion(configVersion(raw), command);
@@ -108,17 +111,17 @@ async function load(verbs: () => Verbs | Promise<Verbs>, command: Verb): Promise
   }
 }
 
-function readAll(readStdin: () => Buffer): Buffer {
+async function readAll(readStdin: ReadStdin): Promise<Buffer> {
   try {
-    return readStdin();
+    return await readStdin();
   } catch (cause) {
     throw new CniError(Code.IO_FAILURE, 'error reading from stdin', describe(cause), { cause });
   }
 }
 
-function readForVersion(readStdin: () => Buffer): Buffer {
+async function readForVersion(readStdin: ReadStdin): Promise<Buffer> {
   try {
-    return readStdin();
+    return await readStdin();
   } catch {
     return Buffer.alloc(0);
   }
