@@ -91,6 +91,9 @@ enum reason {
 #define INTERFACE_DNS (1u << 4)
 #define INTERFACE_DRAINING (1u << 5)
 #define INTERFACE_NO_PEER (1u << 6)       /* its host veth has somebody's queue: never skip it with redirect_peer */
+#define INTERFACE_NO_OUTBOUND (1u << 7)   /* proxy.ports.outbound is 0 */
+#define INTERFACE_NO_PLAINTEXT (1u << 8)  /* proxy.ports.inboundPlaintext is 0 */
+#define INTERFACE_NO_HBONE (1u << 9)      /* proxy.ports.inboundHBONE is 0 */
 
 /* map "interfaces", hash: host-side ifindex -> */
 struct interface {
