@@ -5,11 +5,11 @@ import { readFileSync } from 'node:fs';
 /** The one image of these tests: sandbox (its default command only sleeps) and workload alike. */
 export const busyboxImage = 'cri.local/busybox:1';
 
-/** Answers with the peer address that the server's socket has and with the pod's name. */
+/** Answers with a JSON object: the peer address that the server's socket has, and the server's own host name. */
 const whoami = `#!/bin/sh
-echo 'Content-Type: text/plain'
+echo 'Content-Type: application/json'
 echo
-echo "$REMOTE_ADDR \${HTTP_HOST:-} $(hostname)"
+echo "{\\"client\\": \\"$REMOTE_ADDR\\", \\"server\\": \\"$(hostname)\\"}"
 `;
 
 type Entry = { name: string; content?: Buffer | string; mode?: number; linkTo?: string; directory?: true };
@@ -53,7 +53,7 @@ export function busyboxArchive(): Buffer {
   const layer = tar([
     { name: 'bin/', mode: 0o755, directory: true },
     { name: 'bin/busybox', mode: 0o755, content: readFileSync('/bin/busybox') },
-    ...['sh', 'hostname', 'httpd', 'wget', 'sleep', 'cat', 'nc'].map((applet) => ({
+    ...['sh', 'hostname', 'httpd', 'sleep', 'timeout', 'wget'].map((applet) => ({
       name: `bin/${applet}`,
       mode: 0o777,
       linkTo: 'busybox',

@@ -41,6 +41,8 @@ hostname "$2"
 ip link set lo up
 echo 1 >/proc/sys/net/ipv4/ip_forward
 echo 1 >/proc/sys/net/ipv6/conf/all/forwarding
+# Else the node's own IPv6 addresses answer nobody for one to two seconds after a bridge or veth is made.
+echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad
 
 echo "$pid"
 # Bash reaps whatever a dead parent left to process 1 (shims of containerd do that on purpose).

@@ -88,9 +88,9 @@ export class ThrowawayNode {
     return `/proc/${this.pid}/root${absolutePath}`;
   }
 
-  /** A network namespace of the node as the tools of netns.ts take it: the one at `netns`, or the node's own. */
-  namespace(label: string, netns?: string): Namespace {
-    return new PathNamespace(`${this.name}.${label}`, netns ? this.path(netns) : `/proc/${this.pid}/ns/net`);
+  /** The node's own network namespace, as the tools of netns.ts take it. */
+  get namespace(): Namespace {
+    return new PathNamespace(this.name, `/proc/${this.pid}/ns/net`);
   }
 
   /** The command line that runs `command` inside the node, in its network namespace or in that at `netns`. */
