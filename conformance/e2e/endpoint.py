@@ -1,0 +1,363 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: Apache-2.0
+"""Sockets of one network namespace, driven from outside: endpoint.ts writes JSON lines to stdin, answers come on stdout.
+
+A server sends a banner "ADDRESS PORT\n" (the source it sees), echoes what it gets, and answers the peer's FIN with "bye\n".
+Python because Node has neither packet sockets nor a choice of source port with a time limit on connect.
+"""
+import errno
+import json
+import os
+import resource
+import selectors
+import socket
+import struct
+import sys
+import threading
+import time
+
+SOLICIT = {socket.AF_INET: (8, 0), socket.AF_INET6: (128, 129)}
+out_lock = threading.Lock()
+connections = {}
+servers = {}
+numbers = iter(range(1, 1 << 30))
+
+
+def family_of(address):
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def target(address, port, scope=None):
+    if family_of(address) == socket.AF_INET:
+        return (address, port)
+    return (address, port, 0, socket.if_nametoindex(scope) if scope else 0)
+
+
+def plain(address):
+    return address[7:] if address.startswith("::ffff:") else address.split("%")[0]
+
+
+class Server(threading.Thread):
+    def __init__(self, address, port):
+        super().__init__(daemon=True)
+        family = family_of(address)
+        self.listener = socket.socket(family, socket.SOCK_STREAM)
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            self.listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        self.listener.bind((address, port))
+        self.listener.listen(4096)
+        self.listener.setblocking(False)
+        self.selector = selectors.EpollSelector()
+        self.selector.register(self.listener, selectors.EVENT_READ)
+        self.seen = []  # [source address, source port, address asked for]
+        self.pending = {}
+
+    def run(self):
+        while True:
+            for key, events in self.selector.select():
+                if key.fileobj is self.listener:
+                    self.accept()
+                else:
+                    self.serve(key.fileobj, events)
+
+    def accept(self):
+        while True:
+            try:
+                connection, peer = self.listener.accept()
+            except BlockingIOError:
+                return
+            source = plain(peer[0])
+            self.seen.append([source, peer[1], plain(connection.getsockname()[0])])
+            connection.setblocking(False)
+            self.pending[connection] = bytearray(f"{source} {peer[1]}\n".encode())
+            self.selector.register(connection, selectors.EVENT_READ | selectors.EVENT_WRITE)
+
+    def serve(self, connection, events):
+        pending = self.pending[connection]
+        try:
+            if events & selectors.EVENT_READ:
+                chunk = connection.recv(1 << 18)
+                if chunk:
+                    pending += chunk
+                else:
+                    connection.setblocking(True)
+                    connection.sendall(bytes(pending) + b"bye\n")
+                    self.forget(connection)
+                    return
+            if pending:
+                del pending[: connection.send(pending)]
+            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if pending else 0)
+            self.selector.modify(connection, wanted)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.forget(connection)
+
+    def forget(self, connection):
+        self.selector.unregister(connection)
+        del self.pending[connection]
+        connection.close()
+
+
+def read_line(connection):
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = connection.recv(1)
+        if not byte:
+            raise ConnectionError(f"closed after {line!r}")
+        line += byte
+    return line.decode().strip()
+
+
+def listen(address, port):
+    server = Server(address, port)
+    server.start()
+    servers[server.listener.getsockname()[1], family_of(address)] = server
+    return {"port": server.listener.getsockname()[1]}
+
+
+def seen(port, family):
+    return {"seen": servers[port, socket.AF_INET6 if family == 6 else socket.AF_INET].seen}
+
+
+def connect(address, port, source=None, sourcePort=0, timeout=5000, scope=None, banner=True):
+    connection = socket.socket(family_of(address), socket.SOCK_STREAM)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    connection.settimeout(timeout / 1000)
+    if source is not None or sourcePort:
+        wildcard = "::" if family_of(address) == socket.AF_INET6 else "0.0.0.0"
+        connection.bind(target(source or wildcard, sourcePort))
+    started = time.monotonic()
+    try:
+        connection.connect(target(address, port, scope))
+        took = (time.monotonic() - started) * 1000
+        greeting = read_line(connection) if banner else None
+    except OSError:
+        connection.close()
+        raise
+    number = next(numbers)
+    connections[number] = connection
+    local = connection.getsockname()
+    answer = {"connection": number, "local": plain(local[0]), "localPort": local[1], "ms": took}
+    if greeting is not None:
+        answer["seen"], answer["seenPort"] = greeting.split()[0], int(greeting.split()[1])
+    return answer
+
+
+def pattern(size):
+    return (b"0123456789abcdef" * (size // 16 + 1))[:size]
+
+
+def exchange(connection, bytes, timeout=5000):
+    """Sends `bytes` bytes and reads them back; both at the same time."""
+    channel = connections[connection]
+    channel.settimeout(timeout / 1000)
+    wanted = pattern(bytes)
+    failures = []
+
+    def send():
+        try:
+            channel.sendall(wanted)
+        except OSError as error:
+            failures.append(error)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    got = bytearray()
+    while len(got) < bytes:
+        chunk = channel.recv(1 << 18)
+        if not chunk:
+            raise ConnectionError(f"closed after {len(got)} of {bytes} bytes")
+        got += chunk
+    sender.join()
+    if failures:
+        raise failures[0]
+    if got != wanted:
+        raise ValueError("other bytes came back than were sent")
+    return {"bytes": len(got)}
+
+
+def send(connection, text):
+    connections[connection].sendall(text.encode())
+    return {}
+
+
+def finish(connection, timeout=5000):
+    """FIN, then what the peer still sends until its FIN."""
+    channel = connections.pop(connection)
+    channel.settimeout(timeout / 1000)
+    channel.shutdown(socket.SHUT_WR)
+    rest = b""
+    while True:
+        chunk = channel.recv(1 << 16)
+        if not chunk:
+            break
+        rest += chunk
+    channel.close()
+    return {"rest": rest.decode()}
+
+
+def request(connection, text, timeout=5000):
+    """Sends text and returns all that comes until the peer closes."""
+    channel = connections.pop(connection)
+    channel.settimeout(timeout / 1000)
+    channel.sendall(text.encode())
+    rest = b""
+    while True:
+        chunk = channel.recv(1 << 16)
+        if not chunk:
+            break
+        rest += chunk
+    channel.close()
+    return {"rest": rest.decode()}
+
+
+def close(connection):
+    connections.pop(connection).close()
+    return {}
+
+
+def abort(connection):
+    channel = connections.pop(connection)
+    channel.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    channel.close()
+    return {}
+
+
+def many(address, port, count, timeout=10000):
+    """Opens `count` connections at once, keeps all until each has its banner, then closes them."""
+    selector = selectors.EpollSelector()
+    end = time.monotonic() + timeout / 1000
+    waiting, done, failures, sources = {}, [], {}, set()
+
+    def fail(connection, name):
+        failures[name] = failures.get(name, 0) + 1
+        if connection in waiting:
+            selector.unregister(connection)
+            del waiting[connection]
+        connection.close()
+
+    for _ in range(count):
+        connection = socket.socket(family_of(address), socket.SOCK_STREAM)
+        connection.setblocking(False)
+        code = connection.connect_ex(target(address, port))
+        if code not in (0, errno.EINPROGRESS):
+            fail(connection, errno.errorcode[code])
+            continue
+        waiting[connection] = b""
+        selector.register(connection, selectors.EVENT_READ)
+    while waiting and time.monotonic() < end:
+        for key, _ in selector.select(max(0, end - time.monotonic())):
+            connection = key.fileobj
+            try:
+                chunk = connection.recv(256)
+            except OSError as error:
+                fail(connection, errno.errorcode[error.errno])
+                continue
+            if not chunk:
+                fail(connection, "EOF")
+                continue
+            waiting[connection] += chunk
+            if waiting[connection].endswith(b"\n"):
+                sources.add(waiting[connection].decode().split()[0])
+                selector.unregister(connection)
+                del waiting[connection]
+                done.append(connection)
+    for connection in list(waiting):
+        fail(connection, "timeout")
+    for connection in done:
+        connection.close()
+    return {"answered": len(done), "failures": failures, "sources": sorted(sources)}
+
+
+def checksum(data):
+    data += b"\0" * (len(data) % 2)
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def ping(address, timeout=2000):
+    family = family_of(address)
+    six = family == socket.AF_INET6
+    protocol = socket.IPPROTO_ICMPV6 if six else socket.IPPROTO_ICMP
+    kind, reply = SOLICIT[family]
+    number = os.getpid() & 0xFFFF
+    with socket.socket(family, socket.SOCK_RAW, protocol) as raw:
+        body = struct.pack("!BBHHH", kind, 0, 0, number, 1) + b"ambient-redirect"
+        if not six:  # the kernel fills in ICMPv6's
+            body = body[:2] + struct.pack("!H", checksum(body)) + body[4:]
+        end = time.monotonic() + timeout / 1000
+        raw.sendto(body, target(address, 0))
+        while True:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"no echo reply from {address}")
+            raw.settimeout(left)
+            packet, source = raw.recvfrom(2048)
+            if not six:
+                packet = packet[(packet[0] & 15) * 4 :]
+            if plain(source[0]) == address and packet[0] == reply and packet[4:6] == struct.pack("!H", number):
+                return {}
+
+
+def frame(ifname, hex, count=1):
+    """Ethernet frames as they are, past the IP stack."""
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+        raw.bind((ifname, 0))
+        for _ in range(count):
+            raw.send(bytes.fromhex(hex))
+    return {}
+
+
+def udp_serve(address, port):
+    server = socket.socket(family_of(address), socket.SOCK_DGRAM)
+    if family_of(address) == socket.AF_INET6:
+        server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    server.bind((address, port))
+
+    def echo():
+        while True:
+            text, peer = server.recvfrom(2048)
+            server.sendto(plain(peer[0]).encode() + b" " + text, peer)
+
+    threading.Thread(target=echo, daemon=True).start()
+    return {}
+
+
+def udp(address, port, text, timeout=2000):
+    with socket.socket(family_of(address), socket.SOCK_DGRAM) as client:
+        client.settimeout(timeout / 1000)
+        client.connect(target(address, port))
+        client.send(text.encode())
+        return {"answer": client.recv(2048).decode()}
+
+
+OPERATIONS = {
+    f.__name__: f
+    for f in (listen, seen, connect, exchange, send, finish, request, close, abort, many, ping, frame, udp_serve, udp)
+}
+
+
+def answer(line):
+    call = json.loads(line)
+    try:
+        result = OPERATIONS[call["operation"]](**call["arguments"])
+        document = {"id": call["id"], "result": result}
+    except TimeoutError:
+        document = {"id": call["id"], "error": "ETIMEDOUT"}
+    except OSError as error:
+        document = {"id": call["id"], "error": errno.errorcode.get(error.errno, str(error))}
+    except Exception as error:  # a mistake in a test: tell it, do not hang it
+        document = {"id": call["id"], "error": f"{type(error).__name__}: {error}"}
+    with out_lock:
+        sys.stdout.write(json.dumps(document) + "\n")
+        sys.stdout.flush()
+
+
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+for request_line in sys.stdin:
+    threading.Thread(target=answer, args=(request_line,), daemon=True).start()

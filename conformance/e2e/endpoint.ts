@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The application side of a test: one process (endpoint.py) in a network namespace that opens sockets as told.
+
+import { type ChildProcess, spawn } from 'node:child_process';
+import { join } from 'node:path';
+import { createInterface } from 'node:readline';
+import type { Namespace, Testbed } from '../netns.ts';
+
+const program = join(import.meta.dirname, 'endpoint.py');
+
+/** A call failed: `code` is the errno's name ("ECONNREFUSED"), "ETIMEDOUT" for any time limit that passed. */
+export class EndpointError extends Error {
+  readonly code: string;
+  constructor(label: string, operation: string, code: string) {
+    super(`${label}: ${operation}: ${code}`);
+    this.code = code;
+  }
+}
+
+export interface Connection {
+  /** Number to use in later calls. */
+  connection: number;
+  local: string;
+  localPort: number;
+  /** Duration of connect(2) in milliseconds. */
+  ms: number;
+  /** Source address and port that the server saw. */
+  seen: string;
+  seenPort: number;
+}
+
+export interface ConnectOptions {
+  source?: string;
+  sourcePort?: number;
+  /** Milliseconds, for connect(2) and the banner together; default 5,000. */
+  timeout?: number;
+  /** Interface for link-local addresses. */
+  scope?: string;
+  /** False where the server does not greet. */
+  banner?: boolean;
+}
+
+/** What a server accepted: [source address, source port, address that was asked for]. */
+export type Accepted = [source: string, sourcePort: number, address: string];
+
+type Answer = { id: number; result?: unknown; error?: string };
+
+export class Endpoint {
+  readonly label: string;
+  readonly #child: ChildProcess;
+  readonly #waiting = new Map<number, { resolve: (value: unknown) => void; reject: (error: Error) => void }>();
+  readonly #operations = new Map<number, string>();
+  #last = 0;
+  #stderr = '';
+
+  constructor(testbed: Testbed, namespace: Namespace, label: string) {
+    this.label = label;
+    const [file = '', ...rest] = namespace.argv(['setpriv', '--pdeathsig', 'KILL', '--', '/usr/bin/python3', program]);
+    this.#child = spawn(file, rest, { stdio: ['pipe', 'pipe', 'pipe'] });
+    testbed.defer(() => this.#child.kill('SIGKILL'));
+    this.#child.stderr?.setEncoding('utf8').on('data', (text: string) => {
+      this.#stderr += text;
+    });
+    const { stdout } = this.#child;
+    if (stdout === null) throw new Error(`${label}: no pipe`);
+    createInterface({ input: stdout }).on('line', (line) => this.#take(JSON.parse(line) as Answer));
+    this.#child.once('close', () => {
+      for (const { reject } of this.#waiting.values()) reject(new Error(`${label}: ended: ${this.#stderr}`));
+      this.#waiting.clear();
+    });
+  }
+
+  #take(answer: Answer): void {
+    const waiting = this.#waiting.get(answer.id);
+    const operation = this.#operations.get(answer.id) ?? '';
+    this.#waiting.delete(answer.id);
+    this.#operations.delete(answer.id);
+    if (answer.error === undefined) waiting?.resolve(answer.result);
+    else waiting?.reject(new EndpointError(this.label, operation, answer.error));
+  }
+
+  #call<T>(operation: string, args: object): Promise<T> {
+    this.#last += 1;
+    const id = this.#last;
+    this.#operations.set(id, `${operation} ${JSON.stringify(args).slice(0, 200)}`);
+    const promise = new Promise<unknown>((resolve, reject) => this.#waiting.set(id, { resolve, reject }));
+    this.#child.stdin?.write(`${JSON.stringify({ id, operation, arguments: args })}\n`);
+    return promise as Promise<T>;
+  }
+
+  /** Listens on all addresses of both families. */
+  async listen(port: number): Promise<void> {
+    await Promise.all([
+      this.#call('listen', { address: '0.0.0.0', port }),
+      this.#call('listen', { address: '::', port }),
+    ]);
+  }
+
+  /** Everything that listen(port) accepted so far in one family. */
+  async seen(port: number, family: 4 | 6): Promise<Accepted[]> {
+    return (await this.#call<{ seen: Accepted[] }>('seen', { port, family })).seen;
+  }
+
+  connect(address: string, port: number, options: ConnectOptions = {}): Promise<Connection> {
+    return this.#call('connect', { address, port, ...options });
+  }
+
+  /** Sends that many bytes and expects them back. */
+  async exchange(connection: Connection, bytes: number, timeout = 5_000): Promise<void> {
+    await this.#call('exchange', { connection: connection.connection, bytes, timeout });
+  }
+
+  /** Writes and does not wait for an answer. */
+  async send(connection: Connection, text: string): Promise<void> {
+    await this.#call('send', { connection: connection.connection, text });
+  }
+
+  /** Sends FIN; returns what the peer sent until its own. */
+  async finish(connection: Connection): Promise<string> {
+    return (await this.#call<{ rest: string }>('finish', { connection: connection.connection })).rest;
+  }
+
+  /** Writes; returns what the peer sent until it closed. */
+  async request(connection: Connection, text: string): Promise<string> {
+    return (await this.#call<{ rest: string }>('request', { connection: connection.connection, text })).rest;
+  }
+
+  async close(connection: Connection): Promise<void> {
+    await this.#call('close', { connection: connection.connection });
+  }
+
+  /** Closes with RST. */
+  async abort(connection: Connection): Promise<void> {
+    await this.#call('abort', { connection: connection.connection });
+  }
+
+  /** `count` connections at once, all held until each has been greeted or the limit has passed. */
+  many(
+    address: string,
+    port: number,
+    count: number,
+    timeout: number,
+  ): Promise<{ answered: number; failures: Record<string, number>; sources: string[] }> {
+    return this.#call('many', { address, port, count, timeout });
+  }
+
+  async ping(address: string): Promise<void> {
+    await this.#call('ping', { address });
+  }
+
+  /** Sends Ethernet frames, past the IP stack (packet(7)). */
+  async frame(ifname: string, bytes: Uint8Array, count = 1): Promise<void> {
+    await this.#call('frame', { ifname, hex: Buffer.from(bytes).toString('hex'), count });
+  }
+
+  async serveUDP(port: number): Promise<void> {
+    await Promise.all([
+      this.#call('udp_serve', { address: '0.0.0.0', port }),
+      this.#call('udp_serve', { address: '::', port }),
+    ]);
+  }
+
+  /** The answer of serveUDP: the source address it saw, a space, `text`. */
+  async udp(address: string, port: number, text: string): Promise<string> {
+    return (await this.#call<{ answer: string }>('udp', { address, port, text })).answer;
+  }
+}

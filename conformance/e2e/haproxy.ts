@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// HAProxy as the node's transparent proxy: it keeps the original destination and the client's address on both sides.
+
+import { writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { must, type Namespace, type Running, type Testbed, until } from '../netns.ts';
+
+/** Answered by HAProxy itself at the proxy's own address. */
+export const METRICS_PORT = 9090;
+/**
+ * Outbound connections to this port are made towards 15008 instead, as a ztunnel does for a destination in the mesh;
+ * those that arrive at the 15008 listener are made towards INNER_PORT, as a ztunnel unwraps HBONE.
+ */
+export const TUNNELLED_PORT = 8443;
+export const INNER_PORT = 80;
+
+const configuration = `
+global
+  log stdout format raw daemon
+  nbthread 1
+  maxconn 8000
+defaults
+  mode tcp
+  log global
+  option logasap
+  log-format "conn %ft %ci %cp %fi %fp"
+  timeout connect 5s
+  timeout client 120s
+  timeout server 120s
+frontend outbound
+  bind :15001 transparent backlog 4096
+  bind :::15001 v6only transparent backlog 4096
+  tcp-request connection set-dst-port int(15008) if { dst_port ${TUNNELLED_PORT} }
+  default_backend original
+frontend inbound
+  bind :15006 transparent backlog 4096
+  bind :::15006 v6only transparent backlog 4096
+  default_backend original
+frontend hbone
+  bind :15008 transparent backlog 4096
+  bind :::15008 v6only transparent backlog 4096
+  tcp-request connection set-dst-port int(${INNER_PORT})
+  default_backend original
+backend original
+  source 0.0.0.0 usesrc clientip
+  server original 0.0.0.0:0
+frontend metrics
+  mode http
+  bind :${METRICS_PORT}
+  bind :::${METRICS_PORT} v6only
+  timeout http-request 5s
+  http-request return status 200 content-type text/plain lf-string "proxy %[dst] asked by %[src]\\n"
+`;
+
+export type Listener = 'outbound' | 'inbound' | 'hbone' | 'metrics';
+
+/** A connection that HAProxy accepted and passed on. */
+export interface Proxied {
+  listener: Listener;
+  client: string;
+  clientPort: number;
+  /** What the client had asked for. */
+  destination: string;
+  destinationPort: number;
+}
+
+export class HAProxy {
+  readonly namespace: Namespace;
+  readonly #testbed: Testbed;
+  readonly #directory: string;
+  #process: Running | undefined;
+  #log = '';
+
+  constructor(testbed: Testbed, namespace: Namespace) {
+    this.#testbed = testbed;
+    this.namespace = namespace;
+    this.#directory = testbed.directory(`haproxy.${namespace.name.split('.').at(-1)}`);
+  }
+
+  /** Starts it and waits until its last listener is there. */
+  async start(): Promise<void> {
+    const file = join(this.#directory, 'haproxy.cfg');
+    writeFileSync(file, configuration);
+    const running = this.#testbed.start(this.namespace.argv(['haproxy', '-db', '-f', file]));
+    this.#process = running;
+    await until(`haproxy listens in ${this.namespace.name}`, () => {
+      if (!running.alive) throw new Error(`haproxy ended: ${running.output}`);
+      const ports = must(this.namespace.argv(['ss', '-Hltn'])).match(/:(15001|15006|15008|9090)\s/g) ?? [];
+      return ports.length === 8;
+    });
+  }
+
+  async kill(): Promise<void> {
+    await this.#process?.stop('SIGKILL');
+    this.#log += this.#process?.output ?? '';
+    this.#process = undefined;
+  }
+
+  get pid(): number {
+    if (this.#process === undefined) throw new Error('haproxy is not running');
+    return this.#process.pid;
+  }
+
+  /** What was proxied so far, in order. A connection appears when the one towards the server is established. */
+  proxied(): Proxied[] {
+    const lines = `${this.#log}${this.#process?.output ?? ''}`.matchAll(/^conn (\w+) (\S+) (\d+) (\S+) (\d+)$/gm);
+    return [...lines].map(([, listener, client, clientPort, destination, destinationPort]) => ({
+      listener: listener as Listener,
+      client: client ?? '',
+      clientPort: Number(clientPort),
+      destination: destination ?? '',
+      destinationPort: Number(destinationPort),
+    }));
+  }
+}
