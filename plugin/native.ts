@@ -234,6 +234,7 @@ export interface Native {
   readonly programs: Readonly<Record<ProgramName, number>>;
   /** struct sizes, for documentation and tests: {interface, endpoint, attachment, ...} */
   readonly sizes: Readonly<Record<string, number>>;
+  /** INTERFACE_* and VARIANT_* of redirect.h under their full names */
   readonly flags: Readonly<Record<string, number>>;
 
   // --- descriptors, files, namespaces -------------------------------------------------------------------------
@@ -274,10 +275,7 @@ export interface Native {
 
   // --- state directory -------------------------------------------------------------------------------------------
   /** Creates and pins every map that is missing under dir (which exists, on bpffs), settings last. Caller holds the lock. */
-  createState(
-    dir: string,
-    wanted: Omit<StateSettings, 'layout' | 'sign' | 'bootId'>,
-  ): void;
+  createState(dir: string, wanted: Omit<StateSettings, 'layout' | 'sign' | 'bootId'>): void;
   /**
    * Opens the pins. ENOENT: no (complete) state there. EPROTO: layout of another version or a map of another shape;
    * message names found and wanted.
@@ -375,12 +373,27 @@ export interface Native {
   /** IP_TRANSPARENT listener, non-blocking, for net.Server.listen({fd}); closed by its owner */
   listenTransparent(
     netns: number,
-    options: { family: 4 | 6; address: string; port: number; backlog: number; reusePort: boolean; v6only: boolean; mark: number },
+    options: {
+      family: 4 | 6;
+      address: string;
+      port: number;
+      backlog: number;
+      reusePort: boolean;
+      v6only: boolean;
+      mark: number;
+    },
   ): number;
   /** connects from a source address that may be foreign (IP_TRANSPARENT); resolves with the connected descriptor */
   connectTransparent(
     netns: number,
-    options: { source: string | null; sourcePort: number; destination: string; port: number; mark: number; timeoutMs: number },
+    options: {
+      source: string | null;
+      sourcePort: number;
+      destination: string;
+      port: number;
+      mark: number;
+      timeoutMs: number;
+    },
   ): Promise<number>;
   /** an ordinary listener or connection inside another netns, for the demo's own pods */
   listenPlain(netns: number, options: { address: string; port: number; backlog: number }): number;

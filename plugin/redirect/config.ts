@@ -219,7 +219,8 @@ export function declaresCapability(conf: Pick<NetConf, 'raw' | 'runtimeConfig'>,
 export function isRateLimited(runtimeConfig: NetConf['runtimeConfig']): boolean {
   const { bandwidth } = runtimeConfig;
   if (typeof bandwidth !== 'object' || bandwidth === null) return false;
-  return ['ingressRate', 'egressRate'].some((key) => Number(Reflect.get(bandwidth, key) ?? 0) > 0);
+  // Whatever is no 0 is taken as a limit: that costs speed, the opposite mistake costs the limit.
+  return ['ingressRate', 'egressRate'].some((key) => ![0, null, undefined].includes(Reflect.get(bandwidth, key)));
 }
 
 /** 8080, "8080" or "8000-8100"; undefined for anything else. */

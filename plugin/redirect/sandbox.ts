@@ -62,7 +62,7 @@ export function selectPodInterface(
 }
 
 /** Each address once, in the order given. */
-export function uniqueAddresses(addresses: Iterable<Address>): readonly Address[] {
+export function uniqueAddresses(addresses: Iterable<Address>): Address[] {
   const unique = new Map<string, Address>();
   for (const address of addresses) {
     const text = formatAddress(address);

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// CHECK: SPEC section "CHECK". Compares what ADD made with what is there; changes and repairs nothing.
+
+import { formatAddress } from '../cni/address.ts';
+import type { Request } from '../cni/dispatch.ts';
+import { CniError, Code } from '../cni/errors.ts';
+import { describePod, type Finding, verify } from '../datapath.ts';
+import type { AttachmentRecord, Native, State } from '../native.ts';
+import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
+import { assertOtherNetns, openSandbox } from '../sandbox.ts';
+import { knownStateDirs, openState, stepError } from '../state.ts';
+import { type Decision, decide } from './target.ts';
+
+export function check(native: Native, request: Request): void {
+  const config = parseConfig(request.conf.raw);
+  const netns = openSandbox(native, request.netns);
+  try {
+    if (!request.netnsOverride) assertOtherNetns(native, netns, request.netns);
+    const decision = decide(native, request, netns, config);
+    if (native.linkByName(netns, request.ifname) === null) {
+      const details = `there is none in ${request.netns}`;
+      throw new CniError(Code.SANDBOX_NOT_FOUND, `interface ${request.ifname} not found`, details);
+    }
+    const state = openState(native, config.stateDir);
+    if (state === null) {
+      if (decision.target.role !== 'none') throw withoutState(config);
+      return;
+    }
+    try {
+      checkState(native, config, state, netns, decision);
+    } finally {
+      native.closeState(state);
+    }
+  } catch (error) {
+    throw stepError(Code.STATE_FAILED, `check ${request.ifname} in ${request.netns}`, error);
+  } finally {
+    native.close(netns);
+  }
+}
+
+function checkState(native: Native, config: RedirectConfig, state: State, netns: number, decision: Decision): void {
+  const { target, reason } = decision;
+  const record = native.getAttachment(state, target.key);
+  if (record === null || record.state === 'recorded') {
+    if (target.role === 'none') return;
+    const details = `${reason}, but ${record === null ? 'no attachment is recorded' : 'it is recorded as not enrolled'}`;
+    throw new CniError(Code.ENTRY_MISMATCH, `${target.ifname} of ${target.containerId} is not attached`, details);
+  }
+  const findings: Finding[] = [];
+  if (record.state === 'attaching') {
+    const object = `record of ${describePod(record)}`;
+    findings.push({ code: Code.ENTRY_MISMATCH, object, expected: 'attached', found: 'attaching: an ADD was killed' });
+  }
+  const identity = native.netnsIdentity(netns);
+  if (identity.dev !== record.netns.dev || identity.ino !== record.netns.ino) {
+    findings.push({
+      code: Code.SANDBOX_NOT_FOUND,
+      object: `network namespace ${target.netnsPath}`,
+      expected: `net:[${record.netns.ino}]`,
+      found: `net:[${identity.ino}]`,
+    });
+  }
+  findings.push(...missingAddresses(record, decision));
+  findings.push(...verify(native, state, config, target.key, record));
+  const [first] = findings;
+  if (first === undefined) return;
+  const details = findings.map(({ object, expected, found }) => `${object}: expected ${expected}, found ${found}`);
+  throw new CniError(first.code, `${first.object} is not as ADD left it`, details.join('; '));
+}
+
+/** SPEC: CHECK must consult prevResult. Later plugins may have added addresses, so only those known at ADD count. */
+function missingAddresses(record: AttachmentRecord, { target }: Decision): Finding[] {
+  if (record.role !== 'pod') return [];
+  const recorded = new Set(record.addresses.map(formatAddress));
+  return target.resultAddresses.map(formatAddress).flatMap((address) =>
+    recorded.has(address) || address.startsWith('fe80:')
+      ? []
+      : [
+          {
+            code: Code.ENTRY_MISMATCH,
+            object: `address ${address} of prevResult`,
+            expected: 'recorded for this attachment',
+            found: `${[...recorded].join(', ') || 'none'}`,
+          },
+        ],
+  );
+}
+
+function withoutState(config: RedirectConfig): CniError {
+  const removed = knownStateDirs(config.runDir).includes(config.stateDir);
+  return new CniError(
+    Code.ENTRY_MISMATCH,
+    `there is no state in ${config.stateDir}`,
+    removed ? 'it was there since boot and has been removed by hand: pods are not redirected' : 'no ADD has made it',
+  );
+}

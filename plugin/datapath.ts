@@ -1,0 +1,792 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attach, detach and verify one attachment. State is written ahead: the record says "attaching" before the first
+// program is attached and "attached" after all were verified, so that whatever kill -9 leaves can be finished by DEL,
+// GC or the next ADD. A failure undoes every step in reverse.
+
+import { readFileSync } from 'node:fs';
+import { hex, linkDirectory, linkPin, programPin } from './attachments.ts';
+import { formatAddress } from './cni/address.ts';
+import { CniError, Code, type ErrorCode, quote } from './cni/errors.ts';
+import type {
+  Address,
+  AttachmentKey,
+  AttachmentRecord,
+  EndpointRecord,
+  HookRecord,
+  LocalRoute,
+  Native,
+  ProxyRecord,
+  Rule,
+  State,
+} from './native.ts';
+import { HOST } from './native.ts';
+import { addProxy, removeDeadProxies, removeProxy } from './proxies.ts';
+import type { RedirectConfig } from './redirect/config.ts';
+import {
+  type AttachPlan,
+  FILTER_HANDLE,
+  FILTER_PRIORITY,
+  type HostFacts,
+  type PlannedHook,
+  planPod,
+  planProxy,
+  ROUTE_PROTOCOL,
+  ROUTE_TABLE,
+  RULE_PRIORITY,
+} from './redirect/plan.ts';
+import { openSandbox, readFacts } from './sandbox.ts';
+import {
+  type Directories,
+  ensurePrograms,
+  ensureState,
+  hasCode,
+  isNativeError,
+  kernelReason,
+  knownStateDirs,
+  openState,
+  stepError,
+} from './state.ts';
+
+/** What is to be attached, as the runtime or a person named it. */
+export interface Target {
+  key: AttachmentKey;
+  network: string;
+  containerId: string;
+  ifname: string;
+  netnsPath: string;
+  /** what prevResult says; the kernel's are added */
+  resultAddresses: readonly Address[];
+  pod: { name: string; namespace: string; uid: string; serviceAccount: string };
+  role: 'pod' | 'proxy' | 'none';
+  /** true in ADD: no flow can be older. false when a running pod is enrolled. */
+  strict: boolean;
+  /** the runtime announced a rate limit (capability "bandwidth") */
+  shaped: boolean;
+  /** annotation: inbound traffic is not redirected */
+  bypassInbound: boolean;
+}
+
+/** What of an attachment is not as it should be. */
+export interface Finding {
+  code: ErrorCode;
+  object: string;
+  expected: string;
+  found: string;
+}
+
+interface Attachment {
+  native: Native;
+  config: RedirectConfig;
+  state: State;
+  target: Target;
+  netns: number;
+  facts: HostFacts;
+  plan: AttachPlan;
+  record: AttachmentRecord;
+  undo: (() => void)[];
+}
+
+/** Throws CniError; nothing is left then. Doing it again for the same key replaces what is there. */
+export function attach(native: Native, config: RedirectConfig, target: Target): AttachmentRecord {
+  if (config.proxy.contract !== 'shared') {
+    throw new CniError(
+      Code.INVALID_NETWORK_CONFIG,
+      'invalid field "proxy.contract" = "in-pod"',
+      'this version has the contract "shared" only',
+    );
+  }
+  const netns = openSandbox(native, target.netnsPath);
+  let state: State | undefined;
+  try {
+    if (target.role === 'none') {
+      state = ensureState(native, config);
+      return recordOnly(native, config, state, target, netns);
+    }
+    const facts = readFacts(native, netns, target.netnsPath, target.ifname, target.shaped);
+    const plan =
+      target.role === 'proxy'
+        ? planProxy(facts)
+        : planPod(config, facts, target.resultAddresses, target.strict, target.bypassInbound, native.flags);
+    state = ensureState(native, config);
+    const programTag = ensurePrograms(native, state, config);
+    removeDeadProxies(native, state, config.runDir);
+    removeOld(native, config, state, target, facts);
+    const attachment: Attachment = {
+      native,
+      config,
+      state,
+      target,
+      netns,
+      facts,
+      plan,
+      record: newRecord(native, target, facts, plan, programTag),
+      undo: [],
+    };
+    return attachAll(attachment);
+  } catch (error) {
+    throw stepError(Code.ATTACH_FAILED, `attach to ${target.ifname} in ${target.netnsPath}`, error);
+  } finally {
+    if (state !== undefined) native.closeState(state);
+    native.close(netns);
+  }
+}
+
+function attachAll(attachment: Attachment): AttachmentRecord {
+  const { native, state, target, record, plan, undo } = attachment;
+  try {
+    writeRecord(attachment, 'attaching');
+    undo.push(() => native.deleteAttachment(state, target.key));
+    if (target.role === 'proxy') addRouting(attachment);
+    if (plan.interface !== null) fillMaps(attachment);
+    for (const hook of plan.hooks) attachHook(attachment, hook);
+    if (target.role === 'proxy') announceProxy(attachment);
+    const [finding] = verify(native, state, attachment.config, target.key, record);
+    if (finding !== undefined) {
+      throw new CniError(
+        Code.ATTACH_FAILED,
+        `${finding.object} is not as it was made`,
+        `expected ${finding.expected}, found ${finding.found}`,
+      );
+    }
+    writeRecord(attachment, 'attached');
+    return record;
+  } catch (error) {
+    const leftovers = runUndo(undo);
+    const failure = stepError(Code.ATTACH_FAILED, `attach to ${target.ifname} in ${target.netnsPath}`, error);
+    if (leftovers === '') throw failure;
+    // The record stays when its removal failed, so DEL, which the runtime sends next, tries again.
+    throw new CniError(failure.code, failure.msg, `${failure.details}; not undone: ${leftovers}`, { cause: error });
+  }
+}
+
+function runUndo(undo: readonly (() => void)[]): string {
+  const failures: string[] = [];
+  for (const step of undo.toReversed()) {
+    try {
+      step();
+    } catch (error) {
+      failures.push(kernelReason(error));
+    }
+  }
+  return failures.join(', ');
+}
+
+/** A pod that is not enrolled is known all the same: the agent may enrol it later. */
+function recordOnly(
+  native: Native,
+  config: RedirectConfig,
+  state: State,
+  target: Target,
+  netns: number,
+): AttachmentRecord {
+  const old = native.getAttachment(state, target.key);
+  if (old !== null && old.state !== 'recorded') detachRecord(native, config, state, target.key, old);
+  const link = native.linkByName(netns, target.ifname);
+  const record: AttachmentRecord = {
+    ...emptyRecord(native, target),
+    state: 'recorded',
+    role: 'none',
+    podIfindex: link?.ifindex ?? 0,
+    podMac: link?.mac ?? NO_MAC,
+    hostIfindex: link?.kind === 'veth' ? link.peerIfindex : 0,
+    netns: native.netnsIdentity(netns),
+    addresses: [...target.resultAddresses].slice(0, MAX_ADDRESSES),
+  };
+  putRecord(native, config, state, target.key, record);
+  return record;
+}
+
+/**
+ * What an earlier ADD of this key, or of a pod whose host-side index this one has now, left. An attachment that is
+ * already as it should be is replaced too: the price is a few milliseconds, and there is one path to trust.
+ */
+function removeOld(native: Native, config: RedirectConfig, state: State, target: Target, facts: HostFacts): void {
+  const old = native.getAttachment(state, target.key);
+  if (old !== null) detachRecord(native, config, state, target.key, old);
+  else removePins(native, config.stateDir, target.key);
+  if (native.getInterface(state, facts.host.ifindex) === null) return;
+  for (const { key, record } of native.listAttachments(state)) {
+    if (record.hostIfindex === facts.host.ifindex && record.state !== 'recorded') {
+      detachRecord(native, config, state, key, record);
+    }
+  }
+  native.deleteInterface(state, facts.host.ifindex);
+}
+
+// ---- steps of attach ---------------------------------------------------------------------------------------------
+
+function writeRecord({ native, config, state, target, record }: Attachment, to: AttachmentRecord['state']): void {
+  record.state = to;
+  putRecord(native, config, state, target.key, record);
+}
+
+function putRecord(
+  native: Native,
+  config: RedirectConfig,
+  state: State,
+  key: AttachmentKey,
+  record: AttachmentRecord,
+): void {
+  const put = () => native.putAttachment(state, key, record);
+  try {
+    put();
+  } catch (error) {
+    if (!hasCode(error, 'E2BIG', 'ENOSPC')) {
+      throw stepError(Code.STATE_FAILED, `write the record of ${describePod(record)}`, error);
+    }
+    // TCX links detach with their device, but their pins and records stay until somebody sweeps.
+    sweepDead(native, config, state);
+    try {
+      put();
+    } catch (again) {
+      const full = `attachments in ${config.stateDir} is full; "maxPods" sizes it`;
+      throw new CniError(Code.STATE_FAILED, full, kernelReason(again), { cause: again });
+    }
+  }
+}
+
+function fillMaps(attachment: Attachment): void {
+  const { native, config, state, facts, plan, undo } = attachment;
+  const ifindex = facts.host.ifindex;
+  try {
+    native.putDirectFlows(state, ifindex, config.directFlowsPerPod, true);
+    undo.push(() => native.deleteDirectFlows(state, ifindex));
+    for (const address of plan.addresses) {
+      putEndpoint(attachment, address, { ifindex, flags: plan.flags, podMac: facts.pod.mac });
+    }
+    if (plan.interface !== null) native.putInterface(state, ifindex, plan.interface);
+    undo.push(() => native.deleteCounters(state, ifindex));
+    undo.push(() => native.deleteInterface(state, ifindex));
+  } catch (error) {
+    throw stepError(Code.STATE_FAILED, `record ${facts.host.name} (ifindex ${ifindex}) in ${config.stateDir}`, error);
+  }
+}
+
+/** An address belongs to one pod. A holder that is gone, or that has lost it, is replaced; a living one is named. */
+function putEndpoint(attachment: Attachment, address: Address, endpoint: EndpointRecord): void {
+  const { native, state, undo } = attachment;
+  try {
+    native.putEndpoint(state, address, endpoint, true);
+  } catch (error) {
+    if (!hasCode(error, 'EEXIST')) throw error;
+    const holder = livingHolder(attachment, address);
+    if (holder !== null) {
+      throw new CniError(
+        Code.STATE_FAILED,
+        `address ${formatAddress(address)} belongs to another pod`,
+        `${holder} has it, on the same state directory`,
+      );
+    }
+    native.putEndpoint(state, address, endpoint, false);
+  }
+  undo.push(() => native.deleteEndpoint(state, address));
+}
+
+function livingHolder({ native, state, facts }: Attachment, address: Address): string | null {
+  const endpoint = native.getEndpoint(state, address);
+  if (endpoint === null || endpoint.ifindex === facts.host.ifindex) return null;
+  const link = native.linkByIndex(HOST, endpoint.ifindex);
+  if (link === null) return null;
+  const entry = native
+    .listAttachments(state)
+    .find(({ record }) => record.hostIfindex === endpoint.ifindex && record.role === 'pod');
+  if (entry === undefined) return null;
+  const { record } = entry;
+  let netns: number;
+  try {
+    netns = native.openNetns(record.netnsPath);
+  } catch {
+    // Its namespace has no name any more; the link may outlive that only while a process still holds it.
+    return `${describePod(record)} on ${link.name}`;
+  }
+  try {
+    const has = native.linkAddresses(netns, record.podIfindex).some((own) => hex(own.address) === hex(address));
+    return has && native.netnsIdentity(netns).ino === record.netns.ino
+      ? `${describePod(record)} on ${link.name}`
+      : null;
+  } finally {
+    native.close(netns);
+  }
+}
+
+function attachHook(attachment: Attachment, hook: PlannedHook): void {
+  const { native, config, record, facts } = attachment;
+  const device = hook.device === 'host' ? facts.host.name : `${facts.pod.name} of ${record.netnsPath}`;
+  const step = `attach ${hook.program} to ${hook.direction} of ${device} (ifindex ${hook.ifindex})`;
+  const pin = programPin(config.stateDir, record.programTag, hook.program);
+  let program: number | undefined;
+  try {
+    program = native.openProgram(pin);
+    const programId = native.programInfo(program).id;
+    if (config.hook === 'clsact' || !attachTcx(attachment, hook, program, programId)) {
+      attachFilter(attachment, hook, program, programId, step);
+    }
+  } catch (error) {
+    throw stepError(Code.ATTACH_FAILED, step, error);
+  } finally {
+    if (program !== undefined) native.close(program);
+  }
+}
+
+/** false: this kernel has no TCX (before 6.6), and the configuration leaves the choice. */
+function attachTcx(attachment: Attachment, hook: PlannedHook, program: number, programId: number): boolean {
+  const { native, config, target, netns, undo } = attachment;
+  const pin = linkPin(config.stateDir, target.key, hook.program);
+  noteHook(attachment, { ...hookRecord(hook, programId), kind: 'tcx' });
+  makeLinkDirectory(attachment);
+  try {
+    native.attachTcx(netnsOf(hook, netns), hook.ifindex, hook.direction, program, config.order, pin);
+  } catch (error) {
+    // EINVAL is what an older kernel says to an attach type that it does not know.
+    if (config.hook === 'auto' && hasCode(error, 'EINVAL', 'EOPNOTSUPP') && !native.features().tcx) return false;
+    throw error;
+  }
+  undo.push(() => native.detachLink(pin));
+  return true;
+}
+
+function attachFilter(
+  attachment: Attachment,
+  hook: PlannedHook,
+  program: number,
+  programId: number,
+  step: string,
+): void {
+  const { native, config, netns, undo } = attachment;
+  const where = netnsOf(hook, netns);
+  try {
+    native.addClsact(where, hook.ifindex);
+  } catch (error) {
+    if (!hasCode(error, 'EBUSY', 'EEXIST', 'EINVAL', 'EOPNOTSUPP')) throw error;
+    const other = native.qdiscs(where, hook.ifindex).find(({ kind }) => kind === 'ingress');
+    if (other === undefined) throw error;
+    throw new CniError(
+      Code.ATTACH_FAILED,
+      step,
+      `an ingress qdisc (the bandwidth plugin's?) holds the place of clsact, and has no egress hook; "hook": "tcx" does not need the place (${kernelReason(error)})`,
+    );
+  }
+  const present = native.filters(where, hook.ifindex, hook.direction);
+  const blocking = present.find(({ priority, kind }) => priority === FILTER_PRIORITY && kind !== 'bpf');
+  let priority = FILTER_PRIORITY;
+  if (blocking !== undefined) {
+    if (config.failurePolicy === 'closed') {
+      throw new CniError(
+        Code.ATTACH_FAILED,
+        step,
+        `priority ${FILTER_PRIORITY} is held by a ${blocking.kind} filter, which may end the chain before this program`,
+      );
+    }
+    while (present.some((filter) => filter.priority === priority)) priority++;
+  }
+  const filter = { priority, handle: FILTER_HANDLE };
+  noteHook(attachment, { ...hookRecord(hook, programId), kind: 'clsact', ...filter });
+  native.attachFilter(where, hook.ifindex, hook.direction, program, {
+    ...filter,
+    name: filterName(hook),
+    replace: true,
+  });
+  undo.push(() => native.deleteFilter(where, hook.ifindex, hook.direction, filter));
+}
+
+/** Ahead of the attach: a record that names the place lets DEL find what is there. */
+function noteHook(attachment: Attachment, hook: HookRecord): void {
+  const { record } = attachment;
+  record.hooks = [...record.hooks.filter(({ program }) => program !== hook.program), hook];
+  writeRecord(attachment, 'attaching');
+}
+
+function makeLinkDirectory({ native, config, target, undo }: Attachment): void {
+  const directory = linkDirectory(config.stateDir, target.key);
+  native.makeDirectory(`${config.stateDir}/links`, 0o700);
+  if (native.makeDirectory(directory, 0o700)) undo.push(() => native.removeDirectory(directory));
+}
+
+/** What makes a foreign destination local for signed frames, in the proxy's namespace only. */
+function routing(config: RedirectConfig): { rules: Rule[]; routes: LocalRoute[] } {
+  const families = [4, 6] as const;
+  return {
+    rules: families.map((family) => ({
+      family,
+      priority: RULE_PRIORITY,
+      mark: config.marks.tproxy,
+      table: ROUTE_TABLE,
+      protocol: ROUTE_PROTOCOL,
+    })),
+    routes: families.map((family) => ({ family, table: ROUTE_TABLE, protocol: ROUTE_PROTOCOL })),
+  };
+}
+
+function addRouting({ native, config, netns, undo, target }: Attachment): void {
+  const { rules, routes } = routing(config);
+  try {
+    for (const route of routes) {
+      if (native.addLocalRoute(netns, route)) undo.push(() => native.deleteLocalRoute(netns, route));
+    }
+    for (const rule of rules) {
+      if (native.addRule(netns, rule)) undo.push(() => native.deleteRule(netns, rule));
+    }
+  } catch (error) {
+    throw stepError(Code.ATTACH_FAILED, `add the proxy's rule and route in ${target.netnsPath}`, error);
+  }
+}
+
+function announceProxy({ native, config, state, target, facts, undo }: Attachment): void {
+  const proxy: ProxyRecord = {
+    key: target.key,
+    netnsCookie: facts.netns.cookie,
+    netnsIno: facts.netns.ino,
+    hostIfindex: facts.host.ifindex,
+    podIfindex: facts.pod.ifindex,
+    nsid: facts.nsid,
+    master: facts.host.master,
+    mac: facts.pod.mac,
+    ports: config.proxy.ports,
+  };
+  // Pushed first: when the write itself fails half-way, the list is still put right.
+  undo.push(() => removeProxy(native, state, config.runDir, target.key));
+  addProxy(native, state, config.runDir, proxy);
+}
+
+// ---- detach --------------------------------------------------------------------------------------------------------
+
+/**
+ * Removes whatever is left of an attachment, in any state of it; true if there was something. Looks in the state
+ * directories that runDir knows too, because "stateDir" may have been edited since ADD.
+ */
+export function detach(native: Native, dirs: Directories, key: AttachmentKey): boolean {
+  let found = false;
+  for (const stateDir of new Set([dirs.stateDir, ...knownStateDirs(dirs.runDir)])) {
+    const state = openState(native, stateDir);
+    if (state === null) continue;
+    try {
+      removeDeadProxies(native, state, dirs.runDir);
+      const record = native.getAttachment(state, key);
+      if (record !== null) detachRecord(native, { ...dirs, stateDir }, state, key, record);
+      found = removePins(native, stateDir, key) || record !== null || found;
+    } catch (error) {
+      throw stepError(Code.STATE_FAILED, `remove the attachment from ${stateDir}`, error);
+    } finally {
+      native.closeState(state);
+    }
+  }
+  return found;
+}
+
+/** Everything that `record` says, then the record. Objects that are gone or somebody else's by now are left alone. */
+export function detachRecord(
+  native: Native,
+  dirs: Directories,
+  state: State,
+  key: AttachmentKey,
+  record: AttachmentRecord,
+): void {
+  // Nothing is sent to a proxy that is about to lose its program.
+  if (record.role === 'proxy') removeProxy(native, state, dirs.runDir, key);
+  for (const hook of record.hooks) {
+    if (hook.kind === 'tcx') native.detachLink(linkPin(dirs.stateDir, key, hook.program));
+    else if (!hook.inNetns && isSameHostLink(native, record)) removeFilter(native, HOST, hook);
+  }
+  if (record.role === 'proxy') inOwnNetns(native, record, (netns) => leaveProxyNetns(native, state, netns, record));
+  removePins(native, dirs.stateDir, key);
+  if (record.role === 'pod') removeEntries(native, state, record);
+  native.deleteAttachment(state, key);
+}
+
+function leaveProxyNetns(native: Native, state: State, netns: number, record: AttachmentRecord): void {
+  for (const hook of record.hooks) {
+    if (hook.kind === 'clsact' && hook.inNetns) removeFilter(native, netns, hook);
+  }
+  const { tproxy } = native.settings(state).marks;
+  for (const family of [4, 6] as const) {
+    native.deleteRule(netns, {
+      family,
+      priority: RULE_PRIORITY,
+      mark: tproxy,
+      table: ROUTE_TABLE,
+      protocol: ROUTE_PROTOCOL,
+    });
+    native.deleteLocalRoute(netns, { family, table: ROUTE_TABLE, protocol: ROUTE_PROTOCOL });
+  }
+}
+
+/** Indexes come back when a namespace is made anew (tests, reboots): only entries that are this pod's go. */
+function removeEntries(native: Native, state: State, record: AttachmentRecord): void {
+  for (const address of record.addresses) {
+    const endpoint = native.getEndpoint(state, address);
+    if (endpoint?.ifindex === record.hostIfindex && endpoint.podMac === record.podMac) {
+      native.deleteEndpoint(state, address);
+    }
+  }
+  const entry = native.getInterface(state, record.hostIfindex);
+  if (entry !== null && entry.podMac !== record.podMac) return;
+  native.deleteInterface(state, record.hostIfindex);
+  native.deleteDirectFlows(state, record.hostIfindex);
+  native.deleteCounters(state, record.hostIfindex);
+}
+
+function removeFilter(native: Native, netns: number, hook: HookRecord): void {
+  const filter = { priority: hook.priority, handle: hook.handle };
+  const ours = native
+    .filters(netns, hook.ifindex, hook.direction)
+    .some(
+      (found) =>
+        found.priority === filter.priority && found.handle === filter.handle && found.name === filterName(hook),
+    );
+  if (ours) native.deleteFilter(netns, hook.ifindex, hook.direction, filter);
+}
+
+function removePins(native: Native, stateDir: string, key: AttachmentKey): boolean {
+  const programs = Object.keys(native.programs) as HookRecord['program'][];
+  const directory = linkDirectory(stateDir, key);
+  let found = false;
+  for (const program of programs) found = native.detachLink(linkPin(stateDir, key, program)) || found;
+  return native.removeDirectory(directory) || found;
+}
+
+function isSameHostLink(native: Native, record: AttachmentRecord): boolean {
+  const link = native.linkByIndex(HOST, record.hostIfindex);
+  return link !== null && link.mac === record.hostMac && link.peerIfindex === record.podIfindex;
+}
+
+/** Runs `body` in the recorded namespace if it still is the one that was recorded. */
+function inOwnNetns(native: Native, record: AttachmentRecord, body: (netns: number) => void): void {
+  let netns: number;
+  try {
+    netns = native.openNetns(record.netnsPath);
+  } catch (error) {
+    if (isNativeError(error)) return; // gone, or a plain file in its place: what was inside is gone with it
+    throw error;
+  }
+  try {
+    const { dev, ino } = native.netnsIdentity(netns);
+    if (dev === record.netns.dev && ino === record.netns.ino) body(netns);
+  } finally {
+    native.close(netns);
+  }
+}
+
+/**
+ * Removes attachments that are proved dead: the host-side link is gone or another one, and so is the namespace.
+ * Returns how many.
+ */
+export function sweepDead(native: Native, dirs: Directories, state: State): number {
+  let swept = 0;
+  for (const { key, record } of native.listAttachments(state)) {
+    if (!isDead(native, record)) continue;
+    detachRecord(native, dirs, state, key, record);
+    swept++;
+  }
+  return swept;
+}
+
+export function isDead(native: Native, record: AttachmentRecord): boolean {
+  const linked = record.hostIfindex !== 0;
+  if (linked && native.linkByIndex(HOST, record.hostIfindex)?.peerIfindex === record.podIfindex) return false;
+  let alive = false;
+  inOwnNetns(native, record, () => {
+    alive = true;
+  });
+  return !alive;
+}
+
+// ---- verify ----------------------------------------------------------------------------------------------------------
+
+/** Compares the record with the kernel; [] if all is there. Changes nothing. */
+export function verify(
+  native: Native,
+  state: State,
+  dirs: Directories,
+  key: AttachmentKey,
+  record: AttachmentRecord,
+): Finding[] {
+  const findings: Finding[] = [];
+  if (record.role === 'none') return findings;
+  const host = native.linkByIndex(HOST, record.hostIfindex);
+  if (host === null || host.peerIfindex !== record.podIfindex) {
+    const object = `host-side interface ${record.hostIfname} (ifindex ${record.hostIfindex})`;
+    const found = host === null ? 'no such link' : `${host.name} with peer ${host.peerIfindex}`;
+    findings.push({ code: Code.SANDBOX_NOT_FOUND, object, expected: `peer ${record.podIfindex}`, found });
+    return findings;
+  }
+  for (const hook of record.hooks) verifyHook(native, dirs, key, record, hook, findings);
+  if (record.role === 'pod') verifyEntries(native, state, record, findings);
+  else verifyProxy(native, state, key, record, findings);
+  return findings;
+}
+
+function verifyHook(
+  native: Native,
+  dirs: Directories,
+  key: AttachmentKey,
+  record: AttachmentRecord,
+  hook: HookRecord,
+  findings: Finding[],
+): void {
+  const object = `${hook.program} on ${hook.direction} of ${hook.inNetns ? record.ifname : record.hostIfname} (ifindex ${hook.ifindex})`;
+  const expected = `program ${hook.programId} by ${hook.kind}`;
+  const missing = (found: string) => findings.push({ code: Code.PROGRAM_MISSING, object, expected, found });
+  if (hook.kind === 'tcx') {
+    const link = native.linkInfo(linkPin(dirs.stateDir, key, hook.program));
+    if (link === null) missing('no pinned link');
+    else if (link.ifindex !== hook.ifindex) missing('a link whose device is gone');
+    else if (link.programId !== hook.programId) missing(`program ${link.programId}`);
+    return;
+  }
+  const check = (netns: number) => {
+    const filters = native.filters(netns, hook.ifindex, hook.direction);
+    const ours = filters.find(({ handle, priority }) => handle === hook.handle && priority === hook.priority);
+    if (ours === undefined) missing(`no filter with priority ${hook.priority}, handle ${hook.handle}`);
+    else if (ours.programId !== hook.programId) missing(`program ${ours.programId} (${quote(ours.name)})`);
+  };
+  if (!hook.inNetns) {
+    check(HOST);
+    return;
+  }
+  let entered = false;
+  inOwnNetns(native, record, (netns) => {
+    entered = true;
+    check(netns);
+  });
+  if (!entered) missing(`the namespace ${record.netnsPath} is gone`);
+}
+
+function verifyEntries(native: Native, state: State, record: AttachmentRecord, findings: Finding[]): void {
+  const entry = native.getInterface(state, record.hostIfindex);
+  const mismatch = (object: string, expected: string, found: string) =>
+    findings.push({ code: Code.ENTRY_MISMATCH, object, expected, found });
+  if (entry === null) mismatch(`entry of ${record.hostIfname} in interfaces`, `MAC ${record.podMac}`, 'none');
+  else if (entry.podMac !== record.podMac) {
+    mismatch(`entry of ${record.hostIfname} in interfaces`, `MAC ${record.podMac}`, `MAC ${entry.podMac}`);
+  }
+  for (const address of record.addresses) {
+    const endpoint = native.getEndpoint(state, address);
+    if (endpoint?.ifindex === record.hostIfindex) continue;
+    const found = endpoint === null ? 'none' : `ifindex ${endpoint.ifindex}`;
+    mismatch(`entry of ${formatAddress(address)} in endpoints`, `ifindex ${record.hostIfindex}`, found);
+  }
+}
+
+function verifyProxy(
+  native: Native,
+  state: State,
+  key: AttachmentKey,
+  record: AttachmentRecord,
+  findings: Finding[],
+): void {
+  const listed = native.getProxies(state).proxies.some((proxy) => hex(proxy.key) === hex(key));
+  if (!listed) {
+    findings.push({
+      code: Code.ENTRY_MISMATCH,
+      object: `entry of ${describePod(record)} in proxies`,
+      expected: `ifindex ${record.hostIfindex}`,
+      found: 'none',
+    });
+  }
+  const { tproxy } = native.settings(state).marks;
+  inOwnNetns(native, record, (netns) => {
+    for (const family of [4, 6] as const) {
+      const rule = native
+        .rules(netns, family)
+        .some(({ mark, table, protocol }) => mark === tproxy && table === ROUTE_TABLE && protocol === ROUTE_PROTOCOL);
+      const route = native.localRoutes(netns, family, ROUTE_TABLE).length > 0;
+      if (rule && route) continue;
+      findings.push({
+        code: Code.ENTRY_MISMATCH,
+        object: `IPv${family} routing of signed frames in ${record.netnsPath}`,
+        expected: `rule to table ${ROUTE_TABLE} and its local route`,
+        found: rule ? 'no route' : 'no rule',
+      });
+    }
+  });
+}
+
+// ---- records ---------------------------------------------------------------------------------------------------------
+
+const NO_MAC = '00:00:00:00:00:00';
+/** MAX_ADDRESSES of bpf/redirect.h. */
+const MAX_ADDRESSES = 16;
+
+function newRecord(
+  native: Native,
+  target: Target,
+  facts: HostFacts,
+  plan: AttachPlan,
+  programTag: string,
+): AttachmentRecord {
+  if (plan.addresses.length > MAX_ADDRESSES) {
+    throw new CniError(
+      Code.INVALID_NETWORK_CONFIG,
+      `interface ${target.ifname} has ${plan.addresses.length} addresses`,
+      `at most ${MAX_ADDRESSES} can be recorded`,
+    );
+  }
+  return {
+    ...emptyRecord(native, target),
+    flags: plan.flags,
+    hostIfindex: facts.host.ifindex,
+    podIfindex: facts.pod.ifindex,
+    nsid: facts.nsid,
+    netns: facts.netns,
+    podMac: facts.pod.mac,
+    hostMac: facts.host.mac,
+    addresses: plan.addresses,
+    programTag,
+    hostIfname: facts.host.name,
+  };
+}
+
+function emptyRecord(native: Native, target: Target): AttachmentRecord {
+  return {
+    layout: native.layoutVersion,
+    state: 'attaching',
+    role: target.role,
+    contract: 'shared',
+    flags: 0,
+    hostIfindex: 0,
+    podIfindex: 0,
+    nsid: -1,
+    netns: { dev: 0n, ino: 0n, cookie: 0n },
+    enrolledAt: Math.floor(Date.now() / 1000),
+    podMac: NO_MAC,
+    hostMac: NO_MAC,
+    bootId: readFileSync('/proc/sys/kernel/random/boot_id', 'latin1').trim(),
+    addresses: [],
+    hooks: [],
+    programTag: '',
+    hostIfname: '',
+    ifname: target.ifname,
+    network: target.network,
+    containerId: target.containerId,
+    podName: target.pod.name,
+    podNamespace: target.pod.namespace,
+    podUid: target.pod.uid,
+    serviceAccount: target.pod.serviceAccount,
+    netnsPath: target.netnsPath,
+  };
+}
+
+function hookRecord(hook: PlannedHook, programId: number): Omit<HookRecord, 'kind'> {
+  return {
+    program: hook.program,
+    ifindex: hook.ifindex,
+    direction: hook.direction,
+    inNetns: hook.device === 'pod',
+    programId,
+    handle: 0,
+    priority: 0,
+  };
+}
+
+function netnsOf(hook: PlannedHook, netns: number): number {
+  return hook.device === 'pod' ? netns : HOST;
+}
+
+function filterName({ program }: { program: string }): string {
+  return `ambient-redirect/${program}`;
+}
+
+/** "NAMESPACE/NAME" or, outside Kubernetes, "container ID". */
+export function describePod(record: Pick<AttachmentRecord, 'podName' | 'podNamespace' | 'containerId'>): string {
+  return record.podName === '' ? `container ${record.containerId}` : `${record.podNamespace}/${record.podName}`;
+}

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// The facts of one attachment as the kernel has them: the pod's interface, its peer on the node, their namespaces.
+
+import { CniError, Code } from './cni/errors.ts';
+import { HOST, type Native } from './native.ts';
+import type { HostFacts } from './redirect/plan.ts';
+import { hasCode, kernelReason, stepError } from './state.ts';
+
+/** Opens CNI_NETNS. Throws CniError 100 if it is gone or is no network namespace, 110 without the right to. */
+export function openSandbox(native: Native, path: string): number {
+  try {
+    return native.openNetns(path);
+  } catch (error) {
+    throw stepError(Code.SANDBOX_NOT_FOUND, `open network namespace ${path}`, error);
+  }
+}
+
+/**
+ * A process id that was re-used makes CNI_NETNS name the plugin's own namespace (containernetworking/plugins issue
+ * 714): the node's uplink would be taken for a pod's interface. Throws CniError 8.
+ */
+export function assertOtherNetns(native: Native, netns: number, path: string): void {
+  const own = native.netnsIdentity(HOST);
+  const { dev, ino } = native.netnsIdentity(netns);
+  if (own.dev === dev && own.ino === ino) {
+    throw new CniError(
+      Code.OWN_NETNS,
+      "CNI_NETNS is the plugin's own network namespace",
+      `${path} is net:[${ino}], which the plugin runs in; nothing was changed`,
+    );
+  }
+}
+
+/** Throws CniError 100 if the interface is not there, 101 if it has no veth peer in the plugin's namespace. */
+export function readFacts(native: Native, netns: number, path: string, ifname: string, shaped: boolean): HostFacts {
+  try {
+    const pod = native.linkByName(netns, ifname);
+    if (pod === null) {
+      throw new CniError(Code.SANDBOX_NOT_FOUND, `interface ${ifname} not found`, `there is none in ${path}`);
+    }
+    if (pod.kind !== 'veth') {
+      const kind = pod.kind === '' ? 'a device without a kind (host-device, tap)' : `a ${pod.kind}`;
+      throw noPeer(ifname, path, `${ifname} is ${kind}, not a veth`);
+    }
+    const nsid = native.netnsId(netns, true);
+    const host = pod.peerIfindex === 0 ? null : native.linkByIndex(HOST, pod.peerIfindex);
+    // An index is only a number: the link of that index here must name the pod's interface as its peer in turn.
+    if (host === null || host.kind !== 'veth' || host.peerIfindex !== pod.ifindex || host.peerNetnsId !== nsid) {
+      const found = host === null ? 'there is no such link' : `${host.name} there is a ${host.kind} with another peer`;
+      throw noPeer(ifname, path, `the peer of ${ifname} has index ${pod.peerIfindex}; on the node ${found}`);
+    }
+    return {
+      pod,
+      host,
+      master: host.master === 0 ? null : native.linkByIndex(HOST, host.master),
+      netns: native.netnsIdentity(netns),
+      nsid,
+      addresses: native.linkAddresses(netns, pod.ifindex),
+      shaped: shaped || native.qdiscs(HOST, host.ifindex).some(({ kind }) => !UNSHAPED.includes(kind)),
+    };
+  } catch (error) {
+    if (hasCode(error, 'ENODEV')) {
+      throw new CniError(Code.SANDBOX_NOT_FOUND, `interface ${ifname} vanished`, kernelReason(error), { cause: error });
+    }
+    throw stepError(Code.SANDBOX_NOT_FOUND, `read interface ${ifname} in ${path}`, error);
+  }
+}
+
+/** What a veth has without anybody's doing, and what classifies only. */
+const UNSHAPED = ['noqueue', 'clsact', 'ingress', 'pfifo_fast', 'fq_codel', 'mq'];
+
+function noPeer(ifname: string, path: string, reason: string): CniError {
+  return new CniError(
+    Code.NO_HOST_PEER,
+    `interface ${ifname} in ${path} has no veth peer on the node`,
+    `${reason}; the shared contract needs a primary plugin that makes a veth pair (ptp, bridge)`,
+  );
+}

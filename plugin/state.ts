@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+// The state directory on bpffs: pinned maps, programs and links. Opened by every verb, created by the first ADD.
+
+import { appendFileSync, readFileSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import { CniError, Code } from './cni/errors.ts';
+import type { Native, NativeError, State, StateSettings } from './native.ts';
+import type { RedirectConfig } from './redirect/config.ts';
+
+/** Longer than any creation takes: map set-up and the verifier together need well under a second. */
+const LOCK_TIMEOUT_MILLISECONDS = 10_000;
+
+export interface Directories {
+  stateDir: string;
+  runDir: string;
+}
+
+export function isNativeError(error: unknown): error is NativeError {
+  return error instanceof Error && typeof (error as NativeError).syscall === 'string';
+}
+
+export function hasCode(error: unknown, ...codes: string[]): boolean {
+  return isNativeError(error) && codes.includes(error.code);
+}
+
+/** "bpf(BPF_MAP_CREATE): EPERM, the kernel's words" */
+export function kernelReason(error: unknown): string {
+  if (!isNativeError(error)) return error instanceof Error ? error.message : String(error);
+  const said = error.kernelMessage ? `, ${error.kernelMessage}` : '';
+  const log = error.verifierLog ? `; verifier: ${lastLines(error.verifierLog, 3)}` : '';
+  return `${error.syscall}: ${error.code}${said}${log}`;
+}
+
+/** A failed kernel call as the error of the step it belongs to; missing rights have their own code whatever the step. */
+export function stepError(code: CniError['code'], step: string, error: unknown): CniError {
+  if (error instanceof CniError) return error;
+  if (!isNativeError(error)) throw error;
+  const denied = error.code === 'EPERM' || error.code === 'EACCES';
+  return new CniError(denied ? Code.NOT_PERMITTED : code, step, kernelReason(error), { cause: error });
+}
+
+/** Runs `body` holding the node's lock; kill -9 releases it. Throws CniError 103 when it stays held. */
+export function locked<T>(native: Native, runDir: string, body: () => T): T {
+  let fd: number;
+  const path = join(runDir, 'lock');
+  try {
+    makePath(native, runDir, 0o700);
+    fd = native.lockFile(path, LOCK_TIMEOUT_MILLISECONDS);
+  } catch (error) {
+    throw stepError(Code.STATE_FAILED, `lock ${path}`, error);
+  }
+  try {
+    return body();
+  } finally {
+    native.close(fd);
+  }
+}
+
+/** The state at `dir`, or null if there is none. Throws CniError 103 or 104. */
+export function openState(native: Native, dir: string): State | null {
+  try {
+    return native.openState(dir);
+  } catch (error) {
+    if (hasCode(error, 'ENOENT', 'ENOTDIR')) return null;
+    if (hasCode(error, 'EPROTO')) {
+      throw new CniError(Code.STATE_VERSION, `state in ${dir} has another layout`, (error as Error).message);
+    }
+    throw stepError(Code.STATE_FAILED, `open the state in ${dir}`, error);
+  }
+}
+
+/** Opens the state and makes what of it is missing: bpffs, directory, maps. Throws CniError 7, 103, 104, 110. */
+export function ensureState(native: Native, config: RedirectConfig): State {
+  const { stateDir, runDir } = config;
+  const state = openState(native, stateDir) ?? locked(native, runDir, () => createState(native, config));
+  try {
+    assertSameSettings(native.settings(state), config);
+  } catch (error) {
+    native.closeState(state);
+    throw stepError(Code.STATE_FAILED, `read the settings of ${stateDir}`, error);
+  }
+  return state;
+}
+
+/** The programs' directory name: which object, which forced variant. */
+export function programTag(native: Native, settings: StateSettings): string {
+  return settings.variant === 0 ? native.objectId : `${native.objectId}-v${settings.variant}`;
+}
+
+/** Programs are loaded once for a state directory and then only opened. Throws CniError 102, 103. */
+export function ensurePrograms(native: Native, state: State, config: Directories): string {
+  const tag = programTag(native, native.settings(state));
+  // The last one that loadPrograms pins tells that all are there.
+  const last = join(config.stateDir, 'programs', tag, 'proxy_ingress');
+  if (isPinned(native, last)) return tag;
+  locked(native, config.runDir, () => {
+    if (isPinned(native, last)) return;
+    try {
+      makePath(native, join(config.stateDir, 'programs'), 0o700);
+      native.loadPrograms(state, config.stateDir, tag);
+    } catch (error) {
+      throw stepError(Code.STATE_FAILED, `load the programs into ${config.stateDir}/programs/${tag}`, error);
+    }
+  });
+  return tag;
+}
+
+/**
+ * State directories that were in use since boot, from runDir: a DEL whose configuration names another directory than
+ * its ADD's finds them here.
+ */
+export function knownStateDirs(runDir: string): string[] {
+  try {
+    return [...new Set(readFileSync(join(runDir, 'state-dirs'), 'utf8').split('\n'))].filter((dir) => dir !== '');
+  } catch {
+    return [];
+  }
+}
+
+function createState(native: Native, config: RedirectConfig): State {
+  const { stateDir, runDir } = config;
+  try {
+    // Another ADD may have made it while this one waited for the lock.
+    const state = openState(native, stateDir);
+    if (state !== null) return state;
+    mountIfNeeded(native, stateDir);
+    makePath(native, stateDir, 0o700);
+    if (!knownStateDirs(runDir).includes(stateDir)) {
+      appendFileSync(join(runDir, 'state-dirs'), `${stateDir}\n`, { mode: 0o600 });
+    }
+    native.createState(stateDir, {
+      maxPods: config.maxPods,
+      maxFlows: config.maxFlows,
+      directFlowsPerPod: config.directFlowsPerPod,
+      marks: config.marks,
+      variant: variantBits(native, config.variant),
+    });
+    return native.openState(stateDir);
+  } catch (error) {
+    throw stepError(Code.STATE_FAILED, `create the state in ${stateDir}`, error);
+  }
+}
+
+function mountIfNeeded(native: Native, stateDir: string): void {
+  const parent = dirname(stateDir);
+  if (native.isBpffs(parent)) return;
+  if (parent !== '/sys/fs/bpf') {
+    throw new CniError(Code.STATE_FAILED, `create the state in ${stateDir}`, `${parent} is not on a bpf file system`);
+  }
+  native.mountBpffs(parent);
+}
+
+function assertSameSettings(settings: StateSettings, config: RedirectConfig): void {
+  for (const key of ['bypass', 'toProxy', 'tproxy'] as const) {
+    if (settings.marks[key] === config.marks[key]) continue;
+    const details =
+      `marks.${key} = ${config.marks[key]}: the state in ${config.stateDir} was made with ${settings.marks[key]}, ` +
+      'and programs of both would not understand each other';
+    throw new CniError(Code.INVALID_NETWORK_CONFIG, 'marks differ from those in use', details);
+  }
+}
+
+/** VARIANT_* of bpf/redirect.h. */
+function variantBits(native: Native, variant: RedirectConfig['variant']): number {
+  if (variant === 'auto') return 0;
+  const name = `VARIANT_${variant.toUpperCase().replaceAll('-', '_')}`;
+  const bit = native.flags[name];
+  if (bit === undefined) throw new CniError(Code.INTERNAL, `the addon knows no ${name}`);
+  return bit;
+}
+
+function isPinned(native: Native, path: string): boolean {
+  try {
+    native.close(native.openProgram(path));
+    return true;
+  } catch (error) {
+    if (hasCode(error, 'ENOENT')) return false;
+    throw stepError(Code.STATE_FAILED, `open ${path}`, error);
+  }
+}
+
+/** Every missing directory of `path`; only the last one gets `mode`. */
+function makePath(native: Native, path: string, mode: number): void {
+  try {
+    native.makeDirectory(path, mode);
+  } catch (error) {
+    if (!hasCode(error, 'ENOENT') || dirname(path) === path) throw error;
+    makePath(native, dirname(path), 0o755);
+    native.makeDirectory(path, mode);
+  }
+}
+
+function lastLines(text: string, count: number): string {
+  return text.trimEnd().split('\n').slice(-count).join(' | ');
+}
