@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// `enroll`: what ADD does, for a pod that runs already. Its open connections are older than its enrolment and go on
+// direct; new ones are redirected.
+
+import { attachmentKey } from '../attachments.ts';
+import { formatAddress } from '../cni/address.ts';
+import { CniError, Code } from '../cni/errors.ts';
+import { attach, describePod, type Target } from '../datapath.ts';
+import type { AttachmentRecord, Native } from '../native.ts';
+import { assertOtherNetns, openSandbox } from '../sandbox.ts';
+import { openState } from '../state.ts';
+import type { Settings } from './directories.ts';
+import type { Terminal } from './terminal.ts';
+
+export interface EnrollOptions {
+  netns: string;
+  ifname: string;
+  /** "NAMESPACE/NAME" */
+  pod?: string;
+  serviceAccount?: string;
+  uid?: string;
+  containerId?: string;
+}
+
+export function enroll(native: Native, terminal: Terminal, settings: Settings, options: EnrollOptions): 0 {
+  const target = targetOf(native, settings, options, 'pod');
+  const record = attach(native, settings.config, target);
+  const addresses = record.addresses.map(formatAddress).join(', ') || 'no address';
+  terminal.out(`enrolled ${describePod(record)}: ${record.ifname} (${addresses}) through ${record.hostIfname}\n`);
+  return 0;
+}
+
+/**
+ * The target of an attach by hand. A pod that the plugin has seen keeps the key of its ADD, so that its DEL finds it;
+ * what is not named here is taken over from that record. Throws CniError 8, 100, 103, 104 or 110.
+ */
+export function targetOf(native: Native, settings: Settings, options: EnrollOptions, role: 'pod' | 'proxy'): Target {
+  const { netns: path, ifname } = options;
+  const netns = openSandbox(native, path);
+  try {
+    assertOtherNetns(native, netns, path);
+    const { dev, ino } = native.netnsIdentity(netns);
+    const known = recordsOf(native, settings).find(
+      ({ record }) => record.netns.dev === dev && record.netns.ino === ino && record.ifname === ifname,
+    )?.record;
+    const containerId = options.containerId ?? known?.containerId ?? `netns-${ino}`;
+    // Another container id in the same namespace would be a second attachment of one interface.
+    if (known !== undefined && known.containerId !== containerId) {
+      throw new CniError(
+        Code.INVALID_NETWORK_CONFIG,
+        `${ifname} in ${path} is already recorded`,
+        `as ${describePod(known)}, container id ${known.containerId}, not ${containerId}`,
+      );
+    }
+    const network = known?.network ?? settings.network;
+    const [namespace = '', name = ''] = options.pod?.split('/') ?? [known?.podNamespace, known?.podName];
+    return {
+      key: attachmentKey(network, containerId, ifname),
+      network,
+      containerId,
+      ifname,
+      netnsPath: path,
+      resultAddresses: [],
+      pod: {
+        name,
+        namespace,
+        uid: options.uid ?? known?.podUid ?? '',
+        serviceAccount: options.serviceAccount ?? known?.serviceAccount ?? '',
+      },
+      role,
+      strict: false,
+      shaped: false,
+      bypassInbound: false,
+    };
+  } finally {
+    native.close(netns);
+  }
+}
+
+/** [] if there is no state. */
+export function recordsOf(
+  native: Native,
+  { config }: Pick<Settings, 'config'>,
+): { key: Uint8Array; record: AttachmentRecord }[] {
+  const state = openState(native, config.stateDir);
+  if (state === null) return [];
+  try {
+    return native.listAttachments(state);
+  } finally {
+    native.closeState(state);
+  }
+}

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// `unenroll`: takes a running pod's programs away. The pod stays recorded as one that is not enrolled, so that the
+// runtime's CHECK and DEL, and a later `enroll`, still know it.
+
+import { statSync } from 'node:fs';
+import { CniError, Code } from '../cni/errors.ts';
+import { attach, describePod, detach } from '../datapath.ts';
+import type { AttachmentRecord, Native } from '../native.ts';
+import type { Settings } from './directories.ts';
+import { recordsOf } from './enroll.ts';
+import type { Terminal } from './terminal.ts';
+
+/** Exactly one of the three. */
+export interface UnenrollOptions {
+  netns?: string;
+  /** "NAMESPACE/NAME" */
+  pod?: string;
+  containerId?: string;
+}
+
+export function unenroll(native: Native, terminal: Terminal, settings: Settings, options: UnenrollOptions): 0 {
+  const matches = selector(options);
+  const found = recordsOf(native, settings).filter(({ record }) => record.role === 'pod' && matches(record));
+  if (found.length === 0) {
+    throw new CniError(Code.INVALID_NETWORK_CONFIG, 'no such enrolled pod', `${settings.config.stateDir} has none`);
+  }
+  const { stateDir, runDir } = settings.config;
+  for (const { key, record } of found) {
+    detach(native, { stateDir, runDir }, key);
+    remember(native, settings, key, record);
+    terminal.out(`unenrolled ${describePod(record)}: ${record.ifname} through ${record.hostIfname}\n`);
+  }
+  terminal.err('connections of these pods that went through the proxy are cut: this version does not drain\n');
+  return 0;
+}
+
+/** Throws CniError 7 for a path that is not there. */
+function selector({ netns, pod, containerId }: UnenrollOptions): (record: AttachmentRecord) => boolean {
+  if (pod !== undefined) return (record) => `${record.podNamespace}/${record.podName}` === pod;
+  if (containerId !== undefined) return (record) => record.containerId === containerId;
+  const path = netns ?? '';
+  try {
+    const { dev, ino } = statSync(path, { bigint: true });
+    return (record) => record.netns.dev === dev && record.netns.ino === ino;
+  } catch {
+    // A namespace without a path any more is found by the path that it had.
+    return (record) => record.netnsPath === path;
+  }
+}
+
+/** Only while its namespace is there: the record of a pod that is gone would stay for ever. */
+function remember(native: Native, { config }: Settings, key: Uint8Array, record: AttachmentRecord): void {
+  try {
+    attach(native, config, {
+      key,
+      network: record.network,
+      containerId: record.containerId,
+      ifname: record.ifname,
+      netnsPath: record.netnsPath,
+      resultAddresses: record.addresses,
+      pod: {
+        name: record.podName,
+        namespace: record.podNamespace,
+        uid: record.podUid,
+        serviceAccount: record.serviceAccount,
+      },
+      role: 'none',
+      strict: false,
+      shaped: false,
+      bypassInbound: false,
+    });
+  } catch (error) {
+    if (!(error instanceof CniError) || error.code !== Code.SANDBOX_NOT_FOUND) throw error;
+  }
+}
