@@ -13,7 +13,8 @@
     'target_conditions': [
       ['_type=="loadable_module"', {
         'sources': ['<!@(ls native/*.c native/*.cc)'],
-        'include_dirs': ['bpf', 'native', '<(skeletons)', '<!(node -p "require(\'node-addon-api\').include_dir")'],
+        # Not native/ itself: its files include each other by quotes, and a features.h there would hide the C library's.
+        'include_dirs': ['bpf', '<(skeletons)', '<!(node -p "require(\'node-addon-api\').include_dir")'],
         'defines': ['NAPI_VERSION=9', 'NAPI_CPP_EXCEPTIONS', '_GNU_SOURCE'],
         'cflags!': ['-fno-exceptions'],
         'cflags': [
