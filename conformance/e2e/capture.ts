@@ -2,6 +2,7 @@
 //
 // tcpdump on one interface: what really crossed it.
 
+import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { must, type Namespace, type Running, type Testbed, until } from '../netns.ts';
 
@@ -68,6 +69,11 @@ export class Capture {
     return text.split('\n').filter((line) => line !== '');
   }
 
+  /** Did any packet so far carry `text`? Only the first 160 bytes of each are kept. */
+  contains(text: string): boolean {
+    return readFileSync(this.#file).includes(text);
+  }
+
   /** Waits for packets, as they reach the file a little later than their receiver. */
   async until(
     what: string,
@@ -77,7 +83,14 @@ export class Capture {
   ): Promise<Packet[]> {
     let packets: Packet[] = [];
     try {
-      await until(what, () => condition((packets = this.packets(filter))), limit);
+      await until(
+        what,
+        () => {
+          packets = this.packets(filter);
+          return condition(packets);
+        },
+        limit,
+      );
     } catch (error) {
       throw new Error(`${what}: not in the capture:\n${packets.map((one) => one.text).join('\n')}`, { cause: error });
     }

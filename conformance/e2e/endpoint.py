@@ -3,6 +3,7 @@
 """Sockets of one network namespace, driven from outside: endpoint.ts writes JSON lines to stdin, answers come on stdout.
 
 A server sends a banner "ADDRESS PORT\n" (the source it sees), echoes what it gets, and answers the peer's FIN with "bye\n".
+After a chunk "quit\n" it closes first.
 Python because Node has neither packet sockets nor a choice of source port with a time limit on connect.
 """
 import errno
@@ -78,6 +79,9 @@ class Server(threading.Thread):
         try:
             if events & selectors.EVENT_READ:
                 chunk = connection.recv(1 << 18)
+                if chunk == b"quit\n":
+                    self.forget(connection)
+                    return
                 if chunk:
                     pending += chunk
                 else:

@@ -72,10 +72,11 @@ export class HAProxy {
   #process: Running | undefined;
   #log = '';
 
-  constructor(testbed: Testbed, namespace: Namespace) {
+  /** `label` must be new in this testbed. */
+  constructor(testbed: Testbed, namespace: Namespace, label: string) {
     this.#testbed = testbed;
     this.namespace = namespace;
-    this.#directory = testbed.directory(`haproxy.${namespace.name.split('.').at(-1)}`);
+    this.#directory = testbed.directory(`haproxy.${label}`);
   }
 
   /** Starts it and waits until its last listener is there. */

@@ -62,7 +62,8 @@ export class Pod {
   readonly netns: Namespace;
   readonly containerId = randomUUID().replaceAll('-', '');
   readonly options: PodOptions;
-  readonly endpoint: Endpoint;
+  readonly #testbed: Testbed;
+  #endpoint: Endpoint | undefined;
   prevResult: Result | undefined;
   hostIfname = '';
   hostIfindex = 0;
@@ -75,7 +76,12 @@ export class Pod {
     this.label = label;
     this.netns = netns;
     this.options = options;
-    this.endpoint = new Endpoint(testbed, netns, label);
+    this.#testbed = testbed;
+  }
+
+  get endpoint(): Endpoint {
+    this.#endpoint ??= new Endpoint(this.#testbed, this.netns, this.label);
+    return this.#endpoint;
   }
 }
 
@@ -208,7 +214,30 @@ export class Topology {
     for (const { address } of result.ips) pod.addresses[address.includes(':') ? 6 : 4] = address.replace(/\/.*/, '');
     const hosts = result.interfaces.filter((one) => !one.sandbox && one.name !== BRIDGE);
     pod.hostIfname = hosts[0]?.name ?? '';
-    // Not from /sys: that shows the network namespace of its mount.
+    this.#look(pod);
+  }
+
+  /** What a primary plugin leaves behind, without one: a veth pair and a Result. `number` 2 to 250. */
+  wire(pod: Pod, number: number): void {
+    pod.hostIfname = `veth${number}`;
+    pod.addresses = { 4: `10.88.0.${number}`, 6: `fd88::${number.toString(16)}` };
+    const addresses = [`${pod.addresses[4]}/24`, `${pod.addresses[6]}/64`];
+    this.testbed.veth(
+      { namespace: this.node, ifname: pod.hostIfname },
+      { namespace: pod.netns, ifname: 'eth0', addresses },
+    );
+    this.#look(pod);
+    pod.prevResult = {
+      interfaces: [
+        { name: pod.hostIfname, mac: pod.gatewayMac },
+        { name: 'eth0', mac: pod.mac, sandbox: pod.netns.path },
+      ],
+      ips: addresses.map((address) => ({ interface: 1, address })),
+    };
+  }
+
+  /** Not from /sys: that shows the network namespace of its mount. */
+  #look(pod: Pod): void {
     const links: unknown = JSON.parse(this.node.ip('-j', 'link', 'show', 'dev', pod.hostIfname));
     pod.hostIfindex = (links as { ifindex: number }[])[0]?.ifindex ?? 0;
     pod.mac = pod.netns.mac('eth0');

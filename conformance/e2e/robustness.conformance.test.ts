@@ -1,0 +1,349 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The executable in adverse circumstances on the real kernel: many at once, killed, fed with nonsense, and with each
+// of its kernel calls failing. Asserted by the kernel's whole state before and after, never by what the plugin says.
+//
+// AMBIENT_REDIRECT_LONG=1 runs the full counts. AMBIENT_REDIRECT_SEED repeats a run's random choices.
+
+import { spawn } from 'node:child_process';
+import { existsSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { afterEach, describe, expect, test } from 'vitest';
+import { differences, type KernelState, kernelState } from '../kernel-state.ts';
+import { exec, type Namespace, type Outcome } from '../netns.ts';
+import { executable, type Pod, type PodOptions, requireExecutable, Topology } from './topology.ts';
+
+const long = process.env.AMBIENT_REDIRECT_LONG === '1';
+const seed = Number(process.env.AMBIENT_REDIRECT_SEED ?? Date.now() % 1_000_000);
+const faults = `${executable}-faults`;
+const hooks = ['tcx', 'clsact'] as const;
+/** What a runtime waits for at most before it calls the answer late. */
+const LIMIT = 2_000;
+
+/** A reproducible random number generator (mulberry32): numbers in [0, 1). */
+function randomNumbers(from: number): () => number {
+  let state = from;
+  return () => {
+    state = (state + 0x6d2b79f5) | 0;
+    let t = Math.imul(state ^ (state >>> 15), 1 | state);
+    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
+    return ((t ^ (t >>> 14)) >>> 0) / 4_294_967_296;
+  };
+}
+
+const appPod: PodOptions = { enroll: true };
+const proxyPod: PodOptions = { namespace: 'istio-system' };
+const roles = [
+  { role: 'app pod', label: 'app', options: appPod },
+  { role: 'proxy', label: 'ztunnel-x', options: proxyPod },
+] as const;
+
+let topology: Topology;
+afterEach(() => topology?.close());
+
+function prepare(hook: 'tcx' | 'clsact', entry: Record<string, unknown> = {}): void {
+  requireExecutable();
+  topology = new Topology({ primary: 'ptp', hook, rpFilter: 1, entry });
+}
+
+function wiredPod(label: string, number: number, options: PodOptions): Pod {
+  const pod = topology.pod(label, options);
+  topology.wire(pod, number);
+  return pod;
+}
+
+function run(
+  verb: string,
+  pod: Pod,
+  { path = executable, entry = topology.entry(pod), env = {} }: RunOptions = {},
+): Promise<Outcome> {
+  return topology.node.exec([path], {
+    env: { ...topology.environment(verb, pod), ...env },
+    input: JSON.stringify(entry),
+  });
+}
+interface RunOptions {
+  path?: string;
+  entry?: Record<string, unknown>;
+  env?: Record<string, string>;
+}
+
+async function succeeds(verb: string, pod: Pod, options?: RunOptions): Promise<void> {
+  const outcome = await run(verb, pod, options);
+  expect(outcome, `${verb} ${pod.label}`).toMatchObject({ status: 0 });
+  if (verb === 'ADD') expect(JSON.parse(outcome.stdout)).toMatchObject(pod.prevResult ?? {});
+  else expect(outcome.stdout).toBe('');
+}
+
+/** One error document of the CNI specification and nothing else on stdout. */
+function expectError(outcome: Outcome): void {
+  expect(outcome.status, `${outcome.stdout}${outcome.stderr}`).toBe(1);
+  const document: unknown = JSON.parse(outcome.stdout);
+  expect(document).toMatchObject({ code: expect.any(Number), msg: expect.stringMatching(/./) });
+}
+
+function dump(...pods: Pod[]): Promise<KernelState> {
+  const namespaces: Namespace[] = [topology.node, ...pods.map((pod) => pod.netns)];
+  return kernelState(namespaces, { pins: [topology.bpffs], sysctls: false });
+}
+
+/** What stays once the state directory has been made: its maps and programs, not their users. */
+const shared = /^pins [^[]*$|\/settings\[|\/proxies\[/;
+
+/** Lines that tell of an attachment: every difference but the state directory itself. */
+function remains(before: KernelState, after: KernelState): string[] {
+  return differences(before, after, shared);
+}
+
+describe.each(hooks)('%s: many at once', (hook) => {
+  test('20 parallel ADDs on a fresh state directory, 20 parallel DELs, with CHECKs between', async () => {
+    prepare(hook);
+    const pods = Array.from({ length: 20 }, (_, index) =>
+      index === 7 ? wiredPod('ztunnel-x', index + 2, proxyPod) : wiredPod(`app${index}`, index + 2, appPod),
+    );
+    const before = await dump(...pods);
+    await Promise.all(pods.map((pod) => succeeds('ADD', pod)));
+    const during = await dump(...pods);
+    expect([...during.keys()].filter((key) => key.includes('/attachments['))).toHaveLength(20);
+    for (const pod of pods) {
+      const attached = [...during.keys()].filter(
+        (key) => key.startsWith(`node `) && key.includes(` ${pod.hostIfname} `),
+      );
+      expect(
+        attached.filter((key) => / (tcx|filter) /.test(key)),
+        `hooks of ${pod.label}`,
+      ).toHaveLength(2);
+    }
+    const [half, rest] = [pods.slice(0, 10), pods.slice(10)];
+    await Promise.all([...half.map((pod) => succeeds('DEL', pod)), ...rest.map((pod) => succeeds('CHECK', pod))]);
+    await Promise.all([...rest.map((pod) => succeeds('DEL', pod)), ...half.map((pod) => succeeds('ADD', pod))]);
+    await Promise.all(half.map((pod) => succeeds('DEL', pod)));
+    expect(remains(before, await dump(...pods))).toEqual([]);
+  });
+});
+
+describe.each(hooks)('%s: killed', (hook) => {
+  /** Starts the plugin and kills it after `after` ms, unless it has ended. */
+  async function kill(verb: string, pod: Pod, after: number): Promise<boolean> {
+    const [file = '', ...rest] = topology.node.argv([executable]);
+    const child = spawn(file, rest, { env: topology.environment(verb, pod), stdio: ['pipe', 'ignore', 'ignore'] });
+    child.stdin.on('error', () => {}); // it may be dead before it has read
+    child.stdin.end(JSON.stringify(topology.entry(pod)));
+    const timer = setTimeout(() => child.kill('SIGKILL'), after);
+    const signal = await new Promise((resolve) => child.once('close', (_, name) => resolve(name)));
+    clearTimeout(timer);
+    return signal === 'SIGKILL';
+  }
+
+  test('at random points of ADD and DEL: DEL and GC leave nothing', { timeout: 300_000 }, async () => {
+    prepare(hook);
+    const random = randomNumbers(seed);
+    const pods = roles.map(({ label, options }, index) => wiredPod(label, index + 2, options));
+    const before = await dump(...pods);
+    // The second ADD's and DEL's time is what the random points are chosen within.
+    const duration: Record<string, number> = {};
+    for (const verb of ['ADD', 'DEL', 'ADD', 'DEL']) {
+      const { ms, status } = await run(verb, pods[0] as Pod);
+      expect(status).toBe(0);
+      duration[verb] = ms;
+    }
+    let killed = 0;
+    for (let round = 0; round < (long ? 100 : 10); round++) {
+      const pod = pods[round % 2] as Pod;
+      const verb = random() < 0.6 ? 'ADD' : 'DEL';
+      const title = `round ${round}, ${verb} of ${pod.label}, seed ${seed}`;
+      // Now and then the state directory has to be made first.
+      if (verb === 'ADD' && random() < 0.3) await exec(['rm', '-rf', topology.stateDir]);
+      if (verb === 'DEL') await succeeds('ADD', pod);
+      if (await kill(verb, pod, (0.3 + 0.75 * random()) * (duration[verb] ?? 100))) killed += 1;
+      if (random() < 0.5) {
+        await succeeds('DEL', pod);
+      } else {
+        const entry = { ...topology.entry(pod), cniVersion: '1.1.0', 'cni.dev/valid-attachments': [] };
+        const outcome = await run('GC', pod, { entry });
+        expect(outcome, title).toMatchObject({ status: 0, stdout: '' });
+      }
+      expect(remains(before, await dump(...pods)), title).toEqual([]);
+    }
+    // A machine that is too fast for the points chosen would test nothing.
+    expect(killed).toBeGreaterThan(long ? 30 : 2);
+    for (const pod of pods) {
+      await succeeds('ADD', pod);
+      await succeeds('CHECK', pod);
+      await succeeds('DEL', pod);
+    }
+    expect(remains(before, await dump(...pods))).toEqual([]);
+  });
+});
+
+describe('nonsense', () => {
+  type Json = null | boolean | number | string | Json[] | { [key: string]: Json };
+  const random = randomNumbers(seed);
+  const pick = <T>(choices: readonly T[]): T => choices[Math.floor(random() * choices.length)] as T;
+  const values: Json[] = [null, true, 0, -1, 1e99, '', ' ', 'x', '\u0000', '../..', 'eth0', [], {}, [null], { a: [] }];
+  values.push('x'.repeat(70_000), '10.0.0.1/33', '::', [0, 0], 'closed', 4_294_967_296, 'true');
+
+  /** The same document with one value replaced, removed or doubled. Paths stay: others would be made on this machine. */
+  function mutate(value: Json): Json {
+    if (value === null || typeof value !== 'object') return pick(values);
+    if (Array.isArray(value)) {
+      const at = Math.floor(random() * (value.length + 1));
+      if (at === value.length) return [...value, pick(values)];
+      return random() < 0.3 ? value.filter((_, index) => index !== at) : value.with(at, mutate(value[at] as Json));
+    }
+    const keys = Object.keys(value).filter((key) => key !== 'stateDir' && key !== 'runDir');
+    if (keys.length === 0 || random() < 0.1) return { ...value, [pick(['x', '__proto__', 'type', ''])]: pick(values) };
+    const key = pick(keys);
+    const { [key]: old, ...rest } = value;
+    if (random() < 0.25) return rest;
+    return { ...rest, [key]: random() < 0.3 ? pick(values) : mutate(old as Json) };
+  }
+
+  function mutateText(text: string): string {
+    const at = Math.floor(random() * text.length);
+    const cut = pick([
+      text.slice(0, at),
+      `${text.slice(0, at)}${pick(['\u0000', '{', '"', ',', '\ufeff', '\ud800', '9'])}${text.slice(at)}`,
+      `${text}${pick([text, '}', '\n\n', 'x'])}`,
+      '',
+    ]);
+    return cut;
+  }
+
+  test('mutated stdin and environment: a Result or one error document in 2 s, nothing half-made', {
+    timeout: 600_000,
+  }, async () => {
+    prepare(pick(hooks));
+    const pod = wiredPod('app', 2, appPod);
+    await succeeds('ADD', pod);
+    await succeeds('DEL', pod);
+    const before = await dump(pod);
+    const verbs = ['ADD', 'ADD', 'ADD', 'ADD', 'DEL', 'CHECK', 'STATUS', 'VERSION', 'GC', 'add', ''];
+    for (let round = 0; round < (long ? 300 : 30); round++) {
+      const verb = pick(verbs);
+      const env = topology.environment(verb, pod);
+      let document = JSON.parse(JSON.stringify(topology.entry(pod))) as Json;
+      const where = random();
+      if (where < 0.6) for (let count = 1 + Math.floor(random() * 3); count > 0; count--) document = mutate(document);
+      let input = JSON.stringify(document);
+      if (where >= 0.6 && where < 0.75) input = mutateText(input);
+      if (where >= 0.75) {
+        const name = pick(Object.keys(env).filter((key) => key.startsWith('CNI_')));
+        const value = pick(['', 'x', '/', 'a/b', '-', '..', '/run/netns/none', '/etc/passwd', '=;=', 'é'.repeat(9)]);
+        if (random() < 0.3) delete env[name];
+        else env[name] = value;
+      }
+      const title = `round ${round}, seed ${seed}: ${verb} ${JSON.stringify(env)} ${input.slice(0, 2_000)}`;
+      const outcome = await topology.node.exec([executable], {
+        env,
+        input,
+        timeout: LIMIT,
+        cwd: topology.testbed.directory(`nonsense${round}`),
+      });
+      expect(outcome.timedOut, title).toBe(false);
+      expect([0, 1], title).toContain(outcome.status);
+      if (outcome.status === 1) {
+        const error: unknown = JSON.parse(outcome.stdout);
+        expect(error, title).toMatchObject({ code: expect.any(Number), msg: expect.any(String) });
+      } else if (outcome.stdout !== '') {
+        expect(JSON.parse(outcome.stdout), title).toMatchObject({ cniVersion: expect.any(String) });
+      }
+      if (outcome.status === 0 && env.CNI_COMMAND === 'ADD') {
+        // Done as asked; whoever asked so can also undo it.
+        const undone = await topology.node.exec([executable], { env: { ...env, CNI_COMMAND: 'DEL' }, input });
+        expect(undone.status, `${title}\n${undone.stdout}`).toBe(0);
+      }
+      expect(differences(before, await dump(pod)), title).toEqual([]);
+    }
+  });
+});
+
+describe.each(hooks)('%s: each kernel call fails in turn', (hook) => {
+  const callsOf = async (verb: string, pod: Pod): Promise<string[]> => {
+    const file = join(topology.testbed.directory(`calls.${verb}`), 'calls');
+    await succeeds(verb, pod, { path: faults, env: { AMBIENT_REDIRECT_CALLS_FILE: file } });
+    return existsSync(file) ? readFileSync(file, 'utf8').trim().split('\n') : [];
+  };
+
+  test.each(roles)('ADD of $role is undone whichever call fails', { timeout: 600_000 }, async ({ label, options }) => {
+    prepare(hook);
+    const pod = wiredPod(label, 2, options);
+    const other = wiredPod('other', 3, appPod);
+    // Somebody is there already: maps, programs and another attachment that must not be touched.
+    await succeeds('ADD', other);
+    await succeeds('ADD', pod);
+    await succeeds('DEL', pod);
+    const before = await dump(pod, other);
+    const calls = await callsOf('ADD', pod);
+    await succeeds('DEL', pod);
+    expect(calls.length).toBeGreaterThan(10);
+    let failures = 0;
+    for (let call = 1; ; call++) {
+      const outcome = await run('ADD', pod, { path: faults, env: { AMBIENT_REDIRECT_FAIL_CALL: `${call}` } });
+      const title = `call ${call}, ${calls[call - 1] ?? 'beyond the last'}`;
+      if (outcome.status === 0) {
+        await succeeds('DEL', pod);
+        expect(differences(before, await dump(pod, other)), title).toEqual([]);
+        // A failure that ADD may survive (a probe, a sweep) must not end the search.
+        if (call > calls.length) break;
+        continue;
+      }
+      failures += 1;
+      expect(outcome.timedOut, title).toBe(false);
+      expectError(outcome);
+      expect(differences(before, await dump(pod, other)), title).toEqual([]);
+    }
+    expect(failures).toBeGreaterThan(calls.length / 2);
+  });
+
+  test.each(roles)(
+    'DEL of $role is finished by the next DEL whichever call fails',
+    {
+      timeout: 600_000,
+    },
+    async ({ label, options }) => {
+      prepare(hook);
+      const pod = wiredPod(label, 2, options);
+      const before = await dump(pod);
+      await succeeds('ADD', pod);
+      const calls = await callsOf('DEL', pod);
+      for (let call = 1; call <= calls.length; call++) {
+        const title = `call ${call}, ${calls[call - 1]}`;
+        await succeeds('ADD', pod);
+        const outcome = await run('DEL', pod, { path: faults, env: { AMBIENT_REDIRECT_FAIL_CALL: `${call}` } });
+        if (outcome.status !== 0) {
+          expectError(outcome);
+          await succeeds('DEL', pod);
+        }
+        expect(remains(before, await dump(pod)), title).toEqual([]);
+      }
+    },
+  );
+
+  test.each(roles)(
+    'killed before each kernel call of the very first ADD of $role: DEL and ADD still work',
+    {
+      timeout: 600_000,
+    },
+    async ({ label, options }) => {
+      prepare(hook);
+      const pod = wiredPod(label, 2, options);
+      const before = await dump(pod);
+      const calls = await callsOf('ADD', pod);
+      await succeeds('DEL', pod);
+      const step = long ? 1 : Math.ceil(calls.length / 12);
+      for (let call = 1; call <= calls.length; call += step) {
+        const title = `killed before call ${call}, ${calls[call - 1]}`;
+        await exec(['rm', '-rf', topology.stateDir]);
+        const outcome = await run('ADD', pod, { path: faults, env: { AMBIENT_REDIRECT_KILL_CALL: `${call}` } });
+        expect(outcome.signal, title).toBe('SIGKILL');
+        await succeeds('DEL', pod);
+        expect(remains(before, await dump(pod)), title).toEqual([]);
+        await succeeds('ADD', pod);
+        await succeeds('CHECK', pod);
+        await succeeds('DEL', pod);
+        expect(remains(before, await dump(pod)), title).toEqual([]);
+      }
+    },
+  );
+});
