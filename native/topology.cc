@@ -23,12 +23,13 @@
 #include <array>
 #include <string>
 
+#include "error.h"
+
 namespace {
 
 [[noreturn]] void Fail(Napi::Env env, int error, const char *syscall, const std::string &object,
                        const std::string &kernel_message = "") {
-  const char *name = strerrorname_np(error);
-  std::string code = name ? name : "E" + std::to_string(error);
+  std::string code = ambient::errno_name(error);
   std::string message = std::string(syscall) + " " + object + ": " + code + " (" + strerror(error) + ")";
   if (!kernel_message.empty()) message += ": " + kernel_message;
   Napi::Error failure = Napi::Error::New(env, message);
@@ -257,6 +258,15 @@ Napi::Value InNetns(const Napi::CallbackInfo &info) {
   return info[1].As<Napi::Function>().Call(std::initializer_list<napi_value>{});
 }
 
+void SetUp(Napi::Env env, const std::string &name) {
+  Request request(RTM_NEWLINK, 0);
+  ifinfomsg link{};
+  link.ifi_index = static_cast<int>(InterfaceIndex(env, name));
+  link.ifi_flags = link.ifi_change = IFF_UP;
+  request.Append(link);
+  request.Send(env, "RTM_NEWLINK", name);
+}
+
 Napi::Value CreateVeth(const Napi::CallbackInfo &info) {
   Napi::Env env = info.Env();
   int netns = NetnsArgument(info, 0);
@@ -266,15 +276,14 @@ Napi::Value CreateVeth(const Napi::CallbackInfo &info) {
   if (peer_netns < 0) throw Napi::TypeError::New(env, "peerNetns must be a file descriptor");
 
   Request request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL);
-  ifinfomsg link{};
-  link.ifi_flags = link.ifi_change = IFF_UP;
-  request.Append(link);
+  // Neither end can be up yet: veth_open() refuses (ENOTCONN) as long as it has no peer.
+  request.Append(ifinfomsg{});
   request.Attribute(IFLA_IFNAME, name);
   size_t link_info = request.Open(IFLA_LINKINFO);
   request.Attribute(IFLA_INFO_KIND, std::string("veth"));
   size_t veth = request.Open(IFLA_INFO_DATA);
   size_t peer_info = request.Open(VETH_INFO_PEER);
-  request.Append(link);
+  request.Append(ifinfomsg{});
   request.Attribute(IFLA_IFNAME, peer);
   request.Attribute(IFLA_NET_NS_FD, static_cast<uint32_t>(peer_netns));
   request.Close(peer_info);
@@ -284,6 +293,9 @@ Napi::Value CreateVeth(const Napi::CallbackInfo &info) {
   ThreadNetns thread(env);
   thread.Enter(env, netns);
   request.Send(env, "RTM_NEWLINK", name);
+  SetUp(env, name);
+  thread.Enter(env, peer_netns);
+  SetUp(env, peer);
   return env.Undefined();
 }
 
@@ -293,12 +305,7 @@ Napi::Value SetLinkUp(const Napi::CallbackInfo &info) {
   std::string name = InterfaceArgument(info, 1, "name");
   ThreadNetns thread(env);
   thread.Enter(env, netns);
-  Request request(RTM_NEWLINK, 0);
-  ifinfomsg link{};
-  link.ifi_index = static_cast<int>(InterfaceIndex(env, name));
-  link.ifi_flags = link.ifi_change = IFF_UP;
-  request.Append(link);
-  request.Send(env, "RTM_NEWLINK", name);
+  SetUp(env, name);
   return env.Undefined();
 }
 
