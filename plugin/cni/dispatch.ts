@@ -68,10 +68,12 @@ export async function dispatch(
 /** What goes out for any thrown value: one error document, and the same on stderr with the stack of a defect. */
 export function failure(thrown: unknown, verb: string, cniVersion: string): Outcome {
   const error = thrown instanceof CniError ? thrown : internalError(thrown);
-  const cause = error.cause instanceof Error && error.code === Code.INTERNAL ? `${error.cause.stack}\n` : '';
+  const stack = error.cause instanceof Error && error.code === Code.INTERNAL ? `\n${error.cause.stack}` : '';
+  const log = `ambient-redirect: ${verb} failed with code ${error.code}: ${error.message}${stack}`;
   return {
     stdout: errorDocument(error, cniVersion),
-    stderr: `ambient-redirect: ${verb} failed with code ${error.code}: ${error.message}\n${cause}`,
+    // Less than a pipe holds: nobody may be reading it.
+    stderr: `${log.slice(0, 2048)}\n`,
     exitCode: 1,
   };
 }
