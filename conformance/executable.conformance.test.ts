@@ -134,7 +134,9 @@ describe('what it needs from the host', () => {
       touch ${root}/opt/cni/bin/ambient-redirect
       mount --bind ${EXECUTABLE} ${root}/opt/cni/bin/ambient-redirect
     `;
-    const listing = await inMountNamespace(`${prepare} cd ${root}; find . -type f -not -path './proc/*' -not -path './dev/null' | sort`);
+    const listing = await inMountNamespace(
+      `${prepare} cd ${root}; find . -type f -not -path './proc/*' -not -path './dev/null' | sort`,
+    );
     expect(
       listing.stdout
         .trimEnd()
