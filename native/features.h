@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the running kernel can do, found by doing it: a version number says nothing about backports, configuration or
+// what a container may.
+#ifndef AMBIENT_NATIVE_FEATURES_H
+#define AMBIENT_NATIVE_FEATURES_H
+
+namespace ambient {
+
+struct Features {
+  bool tcx;                 // 6.6
+  bool redirect_peer;       // 5.10
+  bool sk_assign;           // 5.7
+  bool sk_lookup;           // 5.9
+  bool skc_lookup;          // 5.2
+  bool check_mtu;           // 5.12
+  bool tcp_check_syncookie; // 5.2
+  bool netns_cookie;        // 5.14
+  bool btf;                 // 4.18
+};
+
+// Probed at the first call, and never by anything that does not load programs. Throws EPERM where the process may not
+// load programs: then nothing is known.
+const Features &features();
+
+}  // namespace ambient
+
+#endif

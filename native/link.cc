@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "link.h"
+
+#include <linux/if.h>
+#include <linux/if_addr.h>
+#include <linux/if_link.h>
+#include <sys/socket.h>
+
+#include <cstdio>
+#include <cstring>
+
+#include "error.h"
+#include "netlink.h"
+#include "netns.h"
+
+#ifndef RTEXT_FILTER_SKIP_STATS
+#define RTEXT_FILTER_SKIP_STATS (1 << 3)
+#endif
+
+namespace ambient {
+
+std::string mac_text(const uint8_t mac[6]) {
+  char text[18];
+  snprintf(text, sizeof(text), "%02x:%02x:%02x:%02x:%02x:%02x", mac[0], mac[1], mac[2], mac[3], mac[4], mac[5]);
+  return text;
+}
+
+namespace {
+
+Link parse_link(const nlmsghdr *message) {
+  auto *header = static_cast<const ifinfomsg *>(NLMSG_DATA(message));
+  Attributes attributes(message, sizeof(ifinfomsg));
+  Link link;
+  link.ifindex = static_cast<uint32_t>(header->ifi_index);
+  link.name = attributes.string(IFLA_IFNAME);
+  link.kind = Attributes(attributes.find(IFLA_LINKINFO)).string(IFLA_INFO_KIND);
+  const rtattr *address = attributes.find(IFLA_ADDRESS);
+  if (address && RTA_PAYLOAD(address) == 6) link.mac = mac_text(static_cast<const uint8_t *>(RTA_DATA(address)));
+  link.mtu = attributes.u32(IFLA_MTU, 0);
+  link.up = header->ifi_flags & IFF_UP;
+  link.peer_ifindex = attributes.u32(IFLA_LINK, 0);
+  link.peer_netns_id = static_cast<int32_t>(attributes.u32(IFLA_LINK_NETNSID, static_cast<uint32_t>(-1)));
+  link.master = attributes.u32(IFLA_MASTER, 0);
+  return link;
+}
+
+std::optional<Link> get_link(int netns, Request &request, const std::string &object) {
+  request.put_u32(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS);
+  std::optional<Link> link;
+  NetlinkSocket socket(netns);
+  try {
+    socket.transact(request, "RTM_GETLINK", object + " in " + netns_text(netns), [&](const nlmsghdr *message) {
+      if (message->nlmsg_type == RTM_NEWLINK) link = parse_link(message);
+    });
+  } catch (const KernelError &error) {
+    if (error.number != ENODEV) throw;
+  }
+  return link;
+}
+
+}  // namespace
+
+std::optional<Link> link_by_name(int netns, const std::string &name) {
+  Request request(RTM_GETLINK, 0);
+  request.append<ifinfomsg>({});
+  request.put_string(IFLA_IFNAME, name);
+  return get_link(netns, request, name);
+}
+
+std::optional<Link> link_by_index(int netns, uint32_t ifindex) {
+  Request request(RTM_GETLINK, 0);
+  ifinfomsg header = {};
+  header.ifi_index = static_cast<int>(ifindex);
+  request.append(header);
+  return get_link(netns, request, "ifindex " + std::to_string(ifindex));
+}
+
+std::vector<LinkAddress> link_addresses(int netns, uint32_t ifindex) {
+  Request request(RTM_GETADDR, NLM_F_DUMP);
+  ifaddrmsg header = {};
+  header.ifa_index = ifindex;
+  request.append(header);
+  std::vector<LinkAddress> found;
+  NetlinkSocket socket(netns);
+  socket.dump(
+      request, "RTM_GETADDR", "ifindex " + std::to_string(ifindex) + " in " + netns_text(netns),
+      [&](const nlmsghdr *message) {
+        if (message->nlmsg_type != RTM_NEWADDR) return;
+        auto *entry = static_cast<const ifaddrmsg *>(NLMSG_DATA(message));
+        if (entry->ifa_index != ifindex) return;
+        Attributes attributes(message, sizeof(ifaddrmsg));
+        // On a point-to-point device IFA_ADDRESS is the other end's; without a peer IPv6 has IFA_ADDRESS alone.
+        const rtattr *value = attributes.find(IFA_LOCAL);
+        if (!value) value = attributes.find(IFA_ADDRESS);
+        if (!value) return;
+        LinkAddress address = {};
+        address.scope = entry->ifa_scope;
+        if (entry->ifa_family == AF_INET && RTA_PAYLOAD(value) == 4) {
+          address.address[10] = address.address[11] = 0xff;
+          memcpy(&address.address[12], RTA_DATA(value), 4);
+          address.prefix = static_cast<uint8_t>(96 + entry->ifa_prefixlen);
+        } else if (entry->ifa_family == AF_INET6 && RTA_PAYLOAD(value) == 16) {
+          memcpy(&address.address[0], RTA_DATA(value), 16);
+          address.prefix = entry->ifa_prefixlen;
+        } else {
+          return;
+        }
+        found.push_back(address);
+      },
+      [&] { found.clear(); });
+  return found;
+}
+
+}  // namespace ambient

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// Network devices and their addresses, read by rtnetlink. plugin/native.ts says what the fields mean.
+#ifndef AMBIENT_NATIVE_LINK_H
+#define AMBIENT_NATIVE_LINK_H
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace ambient {
+
+struct Link {
+  uint32_t ifindex;
+  std::string name;
+  std::string kind;
+  std::string mac;
+  uint32_t mtu;
+  bool up;
+  uint32_t peer_ifindex;
+  int32_t peer_netns_id;
+  uint32_t master;
+};
+
+struct LinkAddress {
+  std::array<uint8_t, 16> address;
+  uint8_t prefix;
+  uint8_t scope;
+};
+
+std::optional<Link> link_by_name(int netns, const std::string &name);
+std::optional<Link> link_by_index(int netns, uint32_t ifindex);
+std::vector<LinkAddress> link_addresses(int netns, uint32_t ifindex);
+
+std::string mac_text(const uint8_t mac[6]);
+
+}  // namespace ambient
+
+#endif

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "programs.h"
+
+#include <bpf/libbpf.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <cstring>
+#include <memory>
+
+#include "error.h"
+#include "faults.h"
+#include "features.h"
+#include "files.h"
+#include "names.h"
+#include "redirect.skel.h"
+#include "sha256.h"
+
+namespace ambient {
+
+namespace {
+
+// What libbpf says while it opens and loads; it reports some causes nowhere else.
+std::string *libbpf_says = nullptr;
+
+int collect(libbpf_print_level level, const char *format, va_list arguments) {
+  if (level != LIBBPF_WARN || !libbpf_says) return 0;
+  char line[512];
+  vsnprintf(line, sizeof(line), format, arguments);
+  *libbpf_says += line;
+  return 0;
+}
+
+class Collecting {
+ public:
+  explicit Collecting(std::string &text) : before_(libbpf_set_print(collect)) { libbpf_says = &text; }
+  ~Collecting() {
+    libbpf_says = nullptr;
+    libbpf_set_print(before_);
+  }
+  Collecting(const Collecting &) = delete;
+  Collecting &operator=(const Collecting &) = delete;
+
+ private:
+  libbpf_print_fn_t before_;
+};
+
+struct Destroy {
+  void operator()(redirect_bpf *skeleton) const { redirect_bpf__destroy(skeleton); }
+};
+
+// The verifier's log of a failed load is long; its last lines name the instruction and the reason.
+constexpr size_t LOG_SIZE = 1 << 20;
+struct Free {
+  void operator()(char *memory) const { free(memory); }
+};
+
+}  // namespace
+
+std::string object_id() {
+  size_t size;
+  const void *object = redirect_bpf__elf_bytes(&size);
+  return sha256_hex(object, size).substr(0, 16);
+}
+
+void load_programs(const State &state, const std::string &dir, const std::string &tag) {
+  const struct settings &settings = state.settings();
+  const Features kernel = features();
+  std::unique_ptr<char, Free> log(static_cast<char *>(malloc(LOG_SIZE)));
+  if (!log) throw KernelError(ENOMEM, "malloc", "verifier log");
+  log.get()[0] = 0;
+  std::string said;
+  Collecting collecting(said);
+
+  LIBBPF_OPTS(bpf_object_open_opts, options);
+  options.kernel_log_buf = log.get();
+  options.kernel_log_size = LOG_SIZE;
+  std::unique_ptr<redirect_bpf, Destroy> skeleton(redirect_bpf__open_opts(&options));
+  if (!skeleton) throw KernelError(errno, "bpf_object__open", "programs " + tag, said);
+
+  auto *constants = skeleton->rodata;
+  constants->mark_bypass = settings.mark_bypass;
+  constants->mark_to_proxy = settings.mark_to_proxy;
+  constants->mark_tproxy = settings.mark_tproxy;
+  for (int i = 0; i < 5; i++) constants->sign[i] = settings.sign[i];
+  constants->use_redirect_peer = kernel.redirect_peer && !(settings.variant & VARIANT_NO_REDIRECT_PEER);
+  constants->use_check_mtu = kernel.check_mtu;
+  constants->use_check_syncookie = kernel.tcp_check_syncookie;
+  constants->use_sk_assign = kernel.sk_assign && !(settings.variant & VARIANT_NO_SK_ASSIGN);
+
+  for (int i = 0; i < SETTINGS; i++) {
+    Map map = static_cast<Map>(i);
+    // attachments is a map of the loader alone
+    bpf_map *declared = bpf_object__find_map_by_name(skeleton->obj, map_name(map));
+    if (!declared) continue;
+    int result = kernel_call("bpf(BPF_OBJ_GET_INFO_BY_FD)", [&] { return bpf_map__reuse_fd(declared, state.fd(map)); });
+    if (result < 0) throw KernelError(errno, "bpf_map__reuse_fd", map_name(map), said);
+  }
+
+  if (kernel_call("bpf(BPF_PROG_LOAD)", [&] { return bpf_object__load(skeleton->obj); }) < 0) {
+    KernelError error(errno, "bpf(BPF_PROG_LOAD)", "programs " + tag, said);
+    error.verifier_log = log.get();
+    throw error;
+  }
+
+  std::string programs = dir + "/programs", directory = programs + "/" + tag;
+  make_directory(programs, 0700);
+  make_directory(directory, 0700);
+  for (const Name *name = PROGRAMS; name->word; name++) {
+    bpf_program *program = bpf_object__find_program_by_name(skeleton->obj, name->word);
+    if (!program) throw KernelError(ENOENT, "bpf_object__find_program_by_name", name->word);
+    // By another name first: who looks meanwhile finds the old pin or the new one.
+    std::string path = directory + "/" + name->word, unfinished = path + "_new";
+    remove_file(unfinished);
+    pin_object(bpf_program__fd(program), unfinished);
+    rename_file(unfinished, path);
+  }
+}
+
+}  // namespace ambient

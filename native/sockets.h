@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// TCP sockets in other network namespaces: who listens there, and transparent sockets for a proxy.
+#ifndef AMBIENT_NATIVE_SOCKETS_H
+#define AMBIENT_NATIVE_SOCKETS_H
+
+#include <netinet/in.h>
+#include <sys/socket.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "fd.h"
+
+namespace ambient {
+
+struct Listener {
+  int family;  // 4, 6
+  std::string address;
+  uint16_t port;
+  bool v6only;
+  std::optional<bool> transparent;
+  uint32_t uid;
+  uint32_t inode;
+  std::optional<uint32_t> mark;
+};
+std::vector<Listener> listeners(int netns);
+
+struct SocketAddress {
+  sockaddr_storage storage;
+  socklen_t size;
+  int family() const { return storage.ss_family; }
+};
+// nullopt if `address` is no IP address in text
+std::optional<SocketAddress> socket_address(const std::string &address, uint16_t port);
+
+struct ListenOptions {
+  SocketAddress address;
+  int backlog;
+  bool transparent;
+  bool reuse_port;
+  bool v6only;
+  uint32_t mark;
+};
+int listen_in(int netns, const ListenOptions &options, const std::string &object);
+
+struct ConnectOptions {
+  std::optional<SocketAddress> source;
+  SocketAddress destination;
+  uint32_t mark;
+};
+// A non-blocking socket whose connect() is under way or done: writable when that is decided, by SO_ERROR.
+Fd begin_connect(int netns, const ConnectOptions &options, const std::string &object);
+// 0 or the errno of the connect() that begin_connect() began
+int connect_result(int socket);
+
+}  // namespace ambient
+
+#endif

@@ -1,0 +1,392 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "state.h"
+
+#include <bpf/bpf.h>
+#include <errno.h>
+#include <sys/random.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <unordered_set>
+
+#include "error.h"
+#include "faults.h"
+#include "files.h"
+#include "names.h"
+
+namespace ambient {
+
+namespace {
+
+struct Shape {
+  const char *name;
+  uint32_t type;
+  uint32_t key_size;
+  uint32_t value_size;
+  uint32_t flags;
+};
+
+// Hashes without preallocation: memory follows the number of pods, and a replaced value is a new element, so that a
+// program never reads a half-written one (a preallocated element is re-used at once).
+const Shape SHAPES[MAP_COUNT] = {
+    {"interfaces", BPF_MAP_TYPE_HASH, sizeof(uint32_t), sizeof(struct interface), BPF_F_NO_PREALLOC},
+    {"endpoints", BPF_MAP_TYPE_HASH, 16, sizeof(struct endpoint), BPF_F_NO_PREALLOC},
+    {"proxies", BPF_MAP_TYPE_HASH, sizeof(uint32_t), sizeof(struct proxies), BPF_F_NO_PREALLOC},
+    {"flows", BPF_MAP_TYPE_LRU_HASH, sizeof(struct tuple), sizeof(struct flow), 0},
+    {"direct", BPF_MAP_TYPE_HASH_OF_MAPS, sizeof(uint32_t), sizeof(uint32_t), BPF_F_NO_PREALLOC},
+    {"counters", BPF_MAP_TYPE_PERCPU_HASH, sizeof(struct counter_key), sizeof(struct counter), BPF_F_NO_PREALLOC},
+    {"attachments", BPF_MAP_TYPE_HASH, 32, sizeof(struct attachment), BPF_F_NO_PREALLOC},
+    {"settings", BPF_MAP_TYPE_ARRAY, sizeof(uint32_t), sizeof(struct settings), 0},
+};
+
+uint32_t capacity(Map map, const struct settings &settings) {
+  switch (map) {
+    case INTERFACES:
+    case DIRECT:
+      return settings.max_pods;
+    case ENDPOINTS:
+      return settings.max_pods * 4;
+    case FLOWS:
+      return settings.max_flows;
+    case COUNTERS:
+      return settings.max_pods * 32;
+    case ATTACHMENTS:
+      return settings.max_pods * 2;
+    default:
+      return 1;
+  }
+}
+
+Fd make_map(const Shape &shape, uint32_t entries, const bpf_map_create_opts *options, const std::string &object) {
+  Fd fd(kernel_call("bpf(BPF_MAP_CREATE)", [&] {
+    return bpf_map_create(static_cast<bpf_map_type>(shape.type), shape.name, shape.key_size, shape.value_size, entries,
+                          options);
+  }));
+  if (!fd) throw KernelError(errno, "bpf(BPF_MAP_CREATE)", object);
+  return fd;
+}
+
+Fd make_direct_table(uint32_t entries) {
+  Shape shape = {"direct_flows", BPF_MAP_TYPE_LRU_HASH, sizeof(struct tuple), sizeof(uint64_t), 0};
+  return make_map(shape, entries, nullptr, "direct flows of one pod, " + std::to_string(entries) + " entries");
+}
+
+Fd make_state_map(Map map, const struct settings &settings, const std::string &path) {
+  const Shape &shape = SHAPES[map];
+  LIBBPF_OPTS(bpf_map_create_opts, options);
+  options.map_flags = shape.flags;
+  // The outer map keeps the shape of this inner map and not the map.
+  Fd inner;
+  if (map == DIRECT) {
+    inner = make_direct_table(settings.direct_flows);
+    options.inner_map_fd = static_cast<uint32_t>(inner.get());
+  }
+  return make_map(shape, capacity(map, settings), &options, path);
+}
+
+std::string shape_text(uint32_t type, uint32_t key_size, uint32_t value_size) {
+  return "type " + std::to_string(type) + ", key " + std::to_string(key_size) + ", value " + std::to_string(value_size);
+}
+
+bool fits(const MapInfo &info, const Shape &shape) {
+  return info.type == shape.type && info.key_size == shape.key_size && info.value_size == shape.value_size;
+}
+
+// The first word of `settings` is its layout's number, whatever else a later layout changes.
+void check_layout(const MapInfo &info, int fd, const std::string &path) {
+  if (info.type != BPF_MAP_TYPE_ARRAY || info.key_size != sizeof(uint32_t) || info.value_size < sizeof(uint32_t)) {
+    throw KernelError(EPROTO, "bpf(BPF_OBJ_GET_INFO_BY_FD)", path + " is no map of settings");
+  }
+  std::vector<uint8_t> value((info.value_size + 7) / 8 * 8);
+  uint32_t key = 0, layout;
+  if (!lookup(fd, &key, value.data(), "settings")) throw KernelError(EPROTO, "bpf(BPF_MAP_LOOKUP_ELEM)", path);
+  memcpy(&layout, value.data(), sizeof(layout));
+  if (layout != LAYOUT_VERSION) {
+    throw KernelError(EPROTO, "bpf(BPF_OBJ_GET)",
+                      path + " has layout " + std::to_string(layout) + ", this program wants layout " +
+                          std::to_string(LAYOUT_VERSION));
+  }
+}
+
+void check_shape(const MapInfo &info, const Shape &shape, const std::string &path) {
+  if (fits(info, shape)) return;
+  throw KernelError(EPROTO, "bpf(BPF_OBJ_GET)",
+                    path + " is a map of " + shape_text(info.type, info.key_size, info.value_size) + "; wanted is " +
+                        shape_text(shape.type, shape.key_size, shape.value_size));
+}
+
+// nullopt: no settings pin
+std::optional<struct settings> read_settings(const std::string &dir, Fd &fd) {
+  std::string path = dir + "/settings";
+  fd = get_object(path, true);
+  if (!fd) return std::nullopt;
+  MapInfo info = map_info(fd.get(), path);
+  check_layout(info, fd.get(), path);
+  check_shape(info, SHAPES[SETTINGS], path);
+  struct settings settings = {};
+  uint32_t key = 0;
+  if (!lookup(fd.get(), &key, &settings, "settings")) throw KernelError(EPROTO, "bpf(BPF_MAP_LOOKUP_ELEM)", path);
+  return settings;
+}
+
+struct settings new_settings(const WantedState &wanted) {
+  struct settings settings = {};
+  settings.layout = LAYOUT_VERSION;
+  settings.max_pods = wanted.max_pods;
+  settings.max_flows = wanted.max_flows;
+  settings.direct_flows = wanted.direct_flows;
+  settings.mark_bypass = wanted.mark_bypass;
+  settings.mark_to_proxy = wanted.mark_to_proxy;
+  settings.mark_tproxy = wanted.mark_tproxy;
+  settings.variant = wanted.variant;
+  settings.sign[0] = 0x02;  // a locally administered unicast address
+  ssize_t count = kernel_call("getrandom", [&] { return getrandom(&settings.sign[1], 4, 0); });
+  if (count != 4) throw KernelError(count < 0 ? errno : EIO, "getrandom", "4 bytes");
+  read_boot_id(settings.boot_id);
+  return settings;
+}
+
+}  // namespace
+
+const char *map_name(Map map) { return SHAPES[map].name; }
+
+State::State(const std::string &dir) {
+  auto settings = read_settings(dir, maps_[SETTINGS]);
+  if (!settings) throw KernelError(ENOENT, "bpf(BPF_OBJ_GET)", dir + "/settings");
+  settings_ = *settings;
+  for (int i = 0; i < SETTINGS; i++) {
+    std::string path = dir + "/" + SHAPES[i].name;
+    maps_[i] = get_object(path, false);
+    check_shape(map_info(maps_[i].get(), path), SHAPES[i], path);
+  }
+}
+
+int State::fd(Map map) const {
+  if (!maps_[map]) throw KernelError(EBADF, "bpf", "the state was closed");
+  return maps_[map].get();
+}
+
+void State::close() {
+  for (Fd &map : maps_) map.reset();
+}
+
+void create_state(const std::string &dir, const WantedState &wanted) {
+  Fd settings_fd;
+  auto present = read_settings(dir, settings_fd);
+  // A map that is missing beside finished settings gets the size which those say, so that they stay true.
+  const struct settings settings = present ? *present : new_settings(wanted);
+  for (int i = 0; i < SETTINGS; i++) {
+    Map map = static_cast<Map>(i);
+    std::string path = dir + "/" + SHAPES[i].name;
+    Fd fd = get_object(path, true);
+    if (fd) {
+      MapInfo info = map_info(fd.get(), path);
+      if (present) {
+        check_shape(info, SHAPES[i], path);
+        continue;
+      }
+      if (fits(info, SHAPES[i]) && info.max_entries == capacity(map, settings)) continue;
+      // Left by a creation that was interrupted and wanted another size: nobody has opened it.
+      remove_file(path);
+    }
+    pin_object(make_state_map(map, settings, path).get(), path);
+  }
+  if (present) return;
+  std::string path = dir + "/settings";
+  Fd fd = make_state_map(SETTINGS, settings, path);
+  uint32_t key = 0;
+  update(fd.get(), &key, &settings, Update::any, "settings");
+  pin_object(fd.get(), path);
+}
+
+namespace {
+
+// Calls `visit` with each key once. GET_NEXT_KEY begins anew when the key that it is given has been deleted, so
+// repeated keys are skipped and the number of steps is limited: a walk through a map that others keep changing ends.
+void walk(const State &state, Map map, const std::function<void(const std::string &)> &visit) {
+  const Shape &shape = SHAPES[map];
+  const uint64_t limit = 2ull * capacity(map, state.settings()) + 64;
+  std::unordered_set<std::string> seen;
+  std::string key(shape.key_size, '\0'), next(shape.key_size, '\0');
+  bool more = next_key(state.fd(map), nullptr, next.data(), shape.name);
+  for (uint64_t step = 0; more && step < limit; step++) {
+    if (seen.insert(next).second) visit(next);
+    key.swap(next);
+    more = next_key(state.fd(map), key.data(), next.data(), shape.name);
+  }
+}
+
+unsigned possible_cpus() {
+  static unsigned cpus = 0;
+  if (cpus) return cpus;
+  // "0", "0-7", "0-3,8-11": values are per possible CPU, so the last number counts.
+  const char *path = "/sys/devices/system/cpu/possible";
+  std::string text = read_file(path);
+  size_t start = text.find_last_of(",-");
+  char *end = nullptr;
+  const char *number = text.c_str() + (start == std::string::npos ? 0 : start + 1);
+  unsigned long last = strtoul(number, &end, 10);
+  if (end == number) throw KernelError(EPROTO, "read", std::string(path) + ": \"" + text + "\"");
+  return cpus = static_cast<unsigned>(last) + 1;
+}
+
+uint64_t memlock(int map) {
+  std::string path = "/proc/self/fdinfo/" + std::to_string(map);
+  std::string text = read_file(path);
+  size_t at = text.find("memlock:");
+  if (at == std::string::npos) throw KernelError(EPROTO, "read", path + " has no memlock");
+  return strtoull(text.c_str() + at + strlen("memlock:"), nullptr, 10);
+}
+
+// nullopt where the kernel cannot do it for this type of map (HASH_OF_MAPS below 5.13, all below 5.6)
+std::optional<uint64_t> count_in_batches(int fd, const Shape &shape) {
+  constexpr uint32_t BATCH = 4096;
+  const size_t value_size = shape.type == BPF_MAP_TYPE_PERCPU_HASH
+                                ? static_cast<size_t>((shape.value_size + 7) / 8 * 8) * possible_cpus()
+                                : shape.value_size;
+  const uint32_t batch = value_size > 1024 ? BATCH / 16 : BATCH;
+  std::vector<uint8_t> key_buffer(static_cast<size_t>(batch) * shape.key_size);
+  std::vector<uint8_t> values(batch * value_size);
+  // A hash's position is the number of a bucket; the kernel asks for the size of a key at least.
+  std::vector<uint8_t> position(std::max<size_t>(shape.key_size, 8));
+  uint64_t total = 0;
+  for (bool first = true;; first = false) {
+    uint32_t count = batch;
+    int result = kernel_call("bpf(BPF_MAP_LOOKUP_BATCH)", [&] {
+      return bpf_map_lookup_batch(fd, first ? nullptr : position.data(), position.data(), key_buffer.data(),
+                                  values.data(), &count, nullptr);
+    });
+    int error = errno;
+    if (result < 0 && first && (error == EINVAL || error == EOPNOTSUPP || error == 524 /* ENOTSUPP */)) {
+      return std::nullopt;
+    }
+    // ENOENT: that was the end; ENOSPC: one bucket holds more than a batch, which hashing makes impossible here.
+    if (result < 0 && error != ENOENT) throw KernelError(error, "bpf(BPF_MAP_LOOKUP_BATCH)", shape.name);
+    total += count;
+    if (result < 0) return total;
+  }
+}
+
+uint64_t count_entries(const State &state, Map map) {
+  if (map == SETTINGS) return 1;
+  if (auto count = count_in_batches(state.fd(map), SHAPES[map])) return *count;
+  uint64_t count = 0;
+  walk(state, map, [&](const std::string &) { count++; });
+  return count;
+}
+
+}  // namespace
+
+std::vector<std::string> keys(const State &state, Map map) {
+  std::vector<std::string> found;
+  walk(state, map, [&](const std::string &key) { found.push_back(key); });
+  return found;
+}
+
+void put_direct_flows(const State &state, uint32_t ifindex, uint32_t entries, bool replace) {
+  uint32_t id;
+  if (!replace && lookup(state.fd(DIRECT), &ifindex, &id, "direct")) return;
+  Fd inner = make_direct_table(entries);
+  uint32_t value = static_cast<uint32_t>(inner.get());
+  try {
+    update(state.fd(DIRECT), &ifindex, &value, replace ? Update::any : Update::no_exist, "direct");
+  } catch (const KernelError &error) {
+    if (replace || error.number != EEXIST) throw;
+  }
+}
+
+std::vector<CounterSum> counters(const State &state) {
+  // Each CPU's value begins at a multiple of 8 bytes, which struct counter is.
+  std::vector<struct counter> values(possible_cpus());
+  std::vector<CounterSum> sums;
+  for (const std::string &key : keys(state, COUNTERS)) {
+    if (!lookup(state.fd(COUNTERS), key.data(), values.data(), "counters")) continue;
+    CounterSum sum = {};
+    memcpy(&sum.key, key.data(), sizeof(sum.key));
+    for (const struct counter &value : values) {
+      sum.packets += value.packets;
+      sum.bytes += value.bytes;
+    }
+    sums.push_back(sum);
+  }
+  return sums;
+}
+
+// By trying every key that the programs can have written: their number is fixed, that of all counters is not. The
+// attempts count as one kernel call.
+uint32_t delete_counters(const State &state, uint32_t ifindex) {
+  uint32_t deleted = 0;
+  int map = state.fd(COUNTERS);
+  int result = kernel_call("bpf(BPF_MAP_DELETE_ELEM)", [&] {
+    for (const Name *program = PROGRAMS; program->word; program++) {
+      for (uint16_t reason = 1; reason < REASON_MAX; reason++) {
+        struct counter_key key = {ifindex, static_cast<uint16_t>(program->number), reason};
+        if (bpf_map_delete_elem(map, &key) == 0) deleted++;
+        else if (errno != ENOENT) return -1;
+      }
+    }
+    return 0;
+  });
+  if (result < 0) throw KernelError(errno, "bpf(BPF_MAP_DELETE_ELEM)", "map counters");
+  return deleted;
+}
+
+std::vector<MapUsage> map_usage(const State &state) {
+  std::vector<MapUsage> usage;
+  for (int i = 0; i < MAP_COUNT; i++) {
+    Map map = static_cast<Map>(i);
+    MapInfo info = map_info(state.fd(map), SHAPES[i].name);
+    MapUsage entry = {SHAPES[i].name, count_entries(state, map), info.max_entries, memlock(state.fd(map))};
+    if (map == DIRECT) {
+      for (const std::string &key : keys(state, DIRECT)) {
+        uint32_t id;
+        if (!lookup(state.fd(DIRECT), key.data(), &id, "direct")) continue;
+        if (Fd inner = map_by_id(id)) entry.bytes += memlock(inner.get());
+      }
+    }
+    usage.push_back(entry);
+  }
+  return usage;
+}
+
+bool parse_boot_id(const std::string &text, uint8_t out[16]) {
+  if (text.size() != 36) return false;
+  int bytes = 0;
+  for (size_t i = 0; i < 36;) {
+    if (i == 8 || i == 13 || i == 18 || i == 23) {
+      if (text[i++] != '-') return false;
+      continue;
+    }
+    int value = 0;
+    for (int digit = 0; digit < 2; digit++, i++) {
+      char c = text[i];
+      if (c >= '0' && c <= '9') value = value * 16 + (c - '0');
+      else if (c >= 'a' && c <= 'f') value = value * 16 + (c - 'a' + 10);
+      else return false;
+    }
+    out[bytes++] = static_cast<uint8_t>(value);
+  }
+  return bytes == 16;
+}
+
+std::string boot_id_text(const uint8_t boot_id[16]) {
+  std::string text;
+  for (int i = 0; i < 16; i++) {
+    char digits[3];
+    snprintf(digits, sizeof(digits), "%02x", boot_id[i]);
+    text += digits;
+    if (i == 3 || i == 5 || i == 7 || i == 9) text += '-';
+  }
+  return text;
+}
+
+void read_boot_id(uint8_t out[16]) {
+  const char *path = "/proc/sys/kernel/random/boot_id";
+  std::string text = read_file(path);
+  if (!text.empty() && text.back() == '\n') text.pop_back();
+  if (!parse_boot_id(text, out)) throw KernelError(EPROTO, "read", std::string(path) + ": \"" + text + "\"");
+}
+
+}  // namespace ambient

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// The pinned maps of one state directory. The pin of `settings` is made last and is what makes a state directory
+// complete; before it nobody uses the other maps.
+#ifndef AMBIENT_NATIVE_STATE_H
+#define AMBIENT_NATIVE_STATE_H
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bpf.h"
+#include "fd.h"
+#include "redirect.h"
+
+namespace ambient {
+
+// Indexes of State's maps, in the order of creation.
+enum Map { INTERFACES, ENDPOINTS, PROXIES, FLOWS, DIRECT, COUNTERS, ATTACHMENTS, SETTINGS, MAP_COUNT };
+const char *map_name(Map map);
+
+class State {
+ public:
+  // Throws ENOENT where there is no complete state, EPROTO where it is of another layout.
+  explicit State(const std::string &dir);
+
+  // Throws EBADF after close().
+  int fd(Map map) const;
+  void close();
+  const struct settings &settings() const { return settings_; }
+
+ private:
+  std::array<Fd, MAP_COUNT> maps_;
+  struct settings settings_ = {};
+};
+
+struct WantedState {
+  uint32_t max_pods;
+  uint32_t max_flows;
+  uint32_t direct_flows;
+  uint32_t mark_bypass;
+  uint32_t mark_to_proxy;
+  uint32_t mark_tproxy;
+  uint32_t variant;
+};
+void create_state(const std::string &dir, const WantedState &wanted);
+
+// Every key once. Entries that come and go during the walk may or may not be among them; all others are.
+std::vector<std::string> keys(const State &state, Map map);
+
+void put_direct_flows(const State &state, uint32_t ifindex, uint32_t entries, bool replace);
+
+struct CounterSum {
+  struct counter_key key;
+  uint64_t packets;
+  uint64_t bytes;
+};
+std::vector<CounterSum> counters(const State &state);
+uint32_t delete_counters(const State &state, uint32_t ifindex);
+
+struct MapUsage {
+  const char *map;
+  uint64_t entries;
+  uint64_t capacity;
+  uint64_t bytes;
+};
+std::vector<MapUsage> map_usage(const State &state);
+
+// 16 bytes of /proc/sys/kernel/random/boot_id, and its text form
+void read_boot_id(uint8_t out[16]);
+std::string boot_id_text(const uint8_t boot_id[16]);
+// false if `text` is not of that form
+bool parse_boot_id(const std::string &text, uint8_t out[16]);
+
+}  // namespace ambient
+
+#endif
