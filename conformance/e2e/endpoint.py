@@ -172,7 +172,9 @@ def exchange(connection, bytes, timeout=5000):
     while len(got) < bytes:
         chunk = channel.recv(1 << 18)
         if not chunk:
-            raise ConnectionError(f"closed after {len(got)} of {bytes} bytes")
+            # A reset is told once, to the thread that asks first.
+            sender.join()
+            raise failures[0] if failures else ConnectionError(f"closed after {len(got)} of {bytes} bytes")
         got += chunk
     sender.join()
     if failures:
