@@ -9,7 +9,7 @@ import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { existsSync, globSync, mkdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
-import { dirname, join } from 'node:path';
+import { basename, dirname, join } from 'node:path';
 import { writeNotices } from './notices.mjs';
 
 const ROOT = dirname(import.meta.dirname);
@@ -140,10 +140,14 @@ async function buildExecutable(name, target, { main, commandLine }) {
   const unfinished = join(ROOT, 'build', `${name}.new`);
   rmSync(unfinished, { force: true });
   const sea = createRequire(import.meta.url)('@yao-pkg/pkg/lib-es5/sea.js').default;
+  // The path of the main script becomes part of the executable and of its stack traces. pkg works in a new directory
+  // under TMPDIR, from where it is the same in every checkout.
+  process.env.TMPDIR = join(ROOT, dirname(main));
   await sea(join(ROOT, main), {
     nodePath: NODE,
     targets: [{ nodeRange: 'node24', platform: 'linux', arch: 'x64', output: unfinished }],
     seaConfig: {
+      main: `../${basename(main)}`,
       disableExperimentalSEAWarning: true,
       // NODE_OPTIONS of the runtime's environment has no effect.
       execArgvExtension: 'none',
