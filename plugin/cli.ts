@@ -26,11 +26,6 @@ const WRONG_USAGE = 2;
 
 /** @returns the exit code; never throws for what a command did */
 export async function runCommandLine(args: readonly string[], terminal: Terminal = processTerminal()): Promise<number> {
-  // A reader that has enough (head, less) is not an error.
-  process.stdout.on('error', (error: NodeJS.ErrnoException) => {
-    if (error.code === 'EPIPE') process.exit(0);
-    throw error;
-  });
   let exitCode = 0;
   const program = buildProgram(terminal, (code) => {
     exitCode = code;

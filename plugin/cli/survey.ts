@@ -264,7 +264,7 @@ function proxyProblems(
 function mapProblems(native: Native, state: State): Problem[] {
   return native
     .mapUsage(state)
-    .filter(({ map, entries, capacity }) => !LRU.includes(map) && capacity > 0 && entries / capacity > 0.8)
+    .filter(({ map, entries, capacity }) => PER_POD.includes(map) && entries / capacity > 0.8)
     .map(({ map, entries, capacity }) => ({
       severity: 'warning',
       object: `map ${map}`,
@@ -272,8 +272,8 @@ function mapProblems(native: Native, state: State): Problem[] {
     }));
 }
 
-/** These evict the oldest entry by design. */
-const LRU: readonly string[] = ['flows', 'captured', 'direct'];
+/** A full one makes ADD fail. The others are of one entry, or evict the oldest by design. */
+const PER_POD: readonly string[] = ['attachments', 'interfaces', 'endpoints', 'direct'];
 
 export function familyOf(address: Uint8Array): 4 | 6 {
   return formatAddress(address).includes(':') ? 6 : 4;

@@ -14,6 +14,11 @@ export interface Terminal {
 }
 
 export function processTerminal(): Terminal {
+  // A reader that has enough (head, less) is not an error.
+  process.stdout.on('error', (error: NodeJS.ErrnoException) => {
+    if (error.code === 'EPIPE') process.exit(0);
+    throw error;
+  });
   const coloured = process.stdout.isTTY === true && (process.env.NO_COLOR ?? '') === '' && process.env.TERM !== 'dumb';
   const colour = (style: 'green' | 'red' | 'yellow') => (text: string) =>
     coloured ? styleText(style, text, { validateStream: false }) : text;

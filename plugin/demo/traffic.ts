@@ -55,19 +55,20 @@ export async function requestEcho(native: Native, netns: number, destination: st
   const socket = new Socket({ fd, readable: true, writable: true });
   const sent = randomBytes(BODY_BYTES);
   const received = await new Promise<Buffer>((resolve, reject) => {
+    socket.on('error', reject);
     const outgoing = request({
+      // Only without an agent is this asked for a connection; an agent would make one in the host's namespace.
       createConnection: () => socket,
       host: destination,
       port,
       method: 'POST',
-      agent: false,
       headers: { 'content-length': sent.length },
       signal: AbortSignal.timeout(TIMEOUT_MS),
     });
     outgoing.on('error', reject);
     outgoing.on('response', (answer) => buffer(answer).then(resolve, reject));
     outgoing.end(sent);
-  });
+  }).finally(() => socket.destroy());
   if (!received.equals(sent)) {
     throw new Error(`sent ${sent.length} bytes, got ${received.length} back that are not the same`);
   }
