@@ -444,6 +444,7 @@ function announceProxy({ native, config, state, target, facts, undo }: Attachmen
     ports: config.proxy.ports,
   };
   // Pushed first: when the write itself fails half-way, the list is still put right.
+  undo.push(() => forgetCounters(native, state, facts.host.ifindex));
   undo.push(() => removeProxy(native, state, config.runDir, target.key));
   addProxy(native, state, config.runDir, proxy);
 }
@@ -490,6 +491,7 @@ export function detachRecord(
   if (record.role === 'proxy') inOwnNetns(native, record, (netns) => leaveProxyNetns(native, state, netns, record));
   removePins(native, dirs.stateDir, key);
   if (record.role === 'pod') removeEntries(native, state, record);
+  if (record.role === 'proxy') forgetCounters(native, state, record.hostIfindex);
   native.deleteAttachment(state, key);
 }
 
@@ -523,6 +525,11 @@ function removeEntries(native: Native, state: State, record: AttachmentRecord): 
   native.deleteInterface(state, record.hostIfindex);
   native.deleteDirectFlows(state, record.hostIfindex);
   native.deleteCounters(state, record.hostIfindex);
+}
+
+/** A proxy's. Those of a pod that has its index by now stay (see removeEntries); index 0 counts for all proxies together. */
+function forgetCounters(native: Native, state: State, hostIfindex: number): void {
+  if (hostIfindex !== 0 && native.getInterface(state, hostIfindex) === null) native.deleteCounters(state, hostIfindex);
 }
 
 function removeFilter(native: Native, netns: number, hook: HookRecord): void {
