@@ -22,19 +22,16 @@ if (command !== '') {
 }
 
 function plugin(verb: string): void {
-  let answered = false;
-  const answer = (outcome: Outcome): void => {
-    if (answered) return;
-    answered = true;
+  const answer = (outcome: Outcome): never => {
     // Runtimes drop stderr of a failed call, so nothing but stdout has to arrive.
     const lost = write(1, outcome.stdout);
     write(2, outcome.stderr);
     if (lost !== undefined) write(2, `ambient-redirect: ${verb}: the answer could not be written: ${lost}\n`);
     process.exit(outcome.exitCode);
   };
-  const fail = (thrown: unknown): void => answer(failure(thrown, verb, NEWEST_VERSION));
+  const fail = (thrown: unknown): never => answer(failure(thrown, verb, NEWEST_VERSION));
+  // Takes rejections that nobody handles, too.
   process.on('uncaughtException', fail);
-  process.on('unhandledRejection', fail);
   // Runs only when the event loop does: kernel calls of a verb, which are synchronous, are not cut in half by it.
   process.on('SIGTERM', () => {
     const details = 'what was begun is recorded, and DEL removes it';

@@ -213,6 +213,15 @@ describe('stdin', () => {
   });
 });
 
+test('nothing in the configuration has a prototype', async () => {
+  const text = '{"name":"n","cniVersion":"1.1.0","runtimeConfig":{"a":[{"b":{}}]},"__proto__":{"c":1}}';
+  const { requests } = await run(verb('STATUS'), text);
+  const visit = (value: unknown): unknown[] =>
+    typeof value === 'object' && value !== null ? [value, ...Object.values(value).flatMap(visit)] : [];
+  const prototypes = visit(requests[0]?.conf.raw).map((object) => Object.getPrototypeOf(object));
+  expect(prototypes).toEqual([null, null, Array.prototype, null, null, null]);
+});
+
 describe('versions', () => {
   const supported = 'plugin supports ["0.3.1" "0.4.0" "1.0.0" "1.1.0"]';
 

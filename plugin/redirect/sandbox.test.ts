@@ -4,8 +4,8 @@ import { formatAddress, parseAddress } from '../cni/address.ts';
 import { validateResult } from '../cni/result.ts';
 import { selectPodInterface, uniqueAddresses } from './sandbox.ts';
 
-/** "?..." cannot be opened, "own..." is the pod's. */
-const isOwnNetns = (path: string) => (path.startsWith('?') ? undefined : path.startsWith('own'));
+/** '' and "?..." cannot be opened, "own..." is the pod's. */
+const isOwnNetns = (path: string) => (path === '' || path.startsWith('?') ? undefined : path.startsWith('own'));
 
 function select(interfaces: unknown, ips: unknown) {
   const result = validateResult({ interfaces, ips }, '1.0.0');
