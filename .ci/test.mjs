@@ -32,19 +32,15 @@ const env = { ...process.env, PATH: `${BIN}:${process.env.PATH}` };
 const total = { passed: 0, failed: 0, skipped: 0, optional: 0 };
 const timings = [];
 
-const ready =
-  step('types', join(BIN, 'tsc'), ['--noEmit']) &&
-  step('lint', join(BIN, 'biome'), ['check', '--error-on-warnings', '.']) &&
-  step('build', process.execPath, ['.ci/build.mjs', 'executable', 'faults', 'asan']);
-if (ready) {
+step('types', join(BIN, 'tsc'), ['--noEmit']);
+step('lint', join(BIN, 'biome'), ['check', '--error-on-warnings', '.']);
+if (step('build', process.execPath, ['.ci/build.mjs', 'executable', 'faults', 'asan'])) {
   const reports = [suite('tests', filters)];
   const native = globSync('native/**/*.test.ts').filter(
     (file) => filters.length === 0 || filters.some((filter) => file.includes(filter)),
   );
   if (native.length > 0) reports.push(suite('addressSanitizer', native, ['--project', 'unit'], sanitizerEnvironment()));
   printPeers(reports.flat());
-} else {
-  total.failed += 1;
 }
 finish();
 
@@ -55,6 +51,7 @@ function step(name, command, args) {
   timings.push([name, performance.now() - started]);
   if (status === 0) return true;
   console.error(`test: ${name} failed${error ? `: ${error.message}` : ''}`);
+  total.failed += 1;
   return false;
 }
 
