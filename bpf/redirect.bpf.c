@@ -401,7 +401,9 @@ static __always_inline int without_socket(const struct run *r, struct packet *p,
 	if (f) {
 		z = all ? listening_proxy(skb, p, all, side) : 0;
 		if (z)
-			return to_proxy(r, z, REASON_TO_PROXY_ORPHANED, SIGN_ESTABLISHED);
+			/* Only a transparent listener's stack answers from an address that is not its own (IPv4). */
+			return to_proxy(r, z, REASON_TO_PROXY_ORPHANED,
+					side == OUTBOUND ? SIGN_COOKIE_OUTBOUND : SIGN_COOKIE_INBOUND);
 		return by_policy(r, self, from_pod);
 	}
 	if (self->flags & INTERFACE_STRICT)
