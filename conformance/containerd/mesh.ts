@@ -65,8 +65,9 @@ export async function ask(
 }
 
 /**
- * What the plugin's state directory holds for pods: links, and entries of maps other than `settings` (which belongs to
- * the directory). Programs and empty maps stay by design.
+ * What the plugin's state directory holds for pods: links, and map entries. Programs and empty maps stay by design, and
+ * so do `settings` (of the directory), counters without an interface (of all proxies together) and `flows` (an LRU
+ * cache of tuples that the kernel empties).
  */
 export async function podState(
   node: ThrowawayNode,
@@ -74,13 +75,20 @@ export async function podState(
 ): Promise<string[]> {
   const state = await kernelState([], { pins: [node.path(stateDirectory)] });
   if (state.size === 0) throw new Error(`${stateDirectory} of ${node.name} holds nothing at all`);
-  const leavings: string[] = [];
+  const held: string[] = [];
   for (const [key, value] of state) {
-    const [, map] = /([^/]+)\[[0-9a-f]+\]$/.exec(key) ?? [];
-    if (map === 'settings') continue;
-    // struct proxies is replaced as a whole and begins with the number of proxies.
-    if (map === 'proxies' && value.startsWith('00000000')) continue;
-    if (map || value.startsWith('link ')) leavings.push(`${key}: ${value}`);
+    const [, map, entry] = /([^/]+)\[([0-9a-f]+)\]$/.exec(key) ?? [];
+    if (map === undefined || entry === undefined) {
+      if (value.startsWith('link ')) held.push(`${key}: ${value}`);
+      continue;
+    }
+    const stays =
+      map === 'settings' ||
+      map === 'flows' ||
+      (map === 'counters' && entry.startsWith('00000000')) ||
+      // struct proxies begins with the number of proxies.
+      (map === 'proxies' && value.startsWith('00000000'));
+    if (!stays) held.push(`${key}: ${value}`);
   }
-  return leavings;
+  return held;
 }

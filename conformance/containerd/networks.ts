@@ -10,10 +10,13 @@ const ipam = {
 };
 
 /** The primary plugins of the tests; both give each pod an IPv4 and an IPv6 address. */
-export const primaries: Record<'bridge' | 'ptp', Entry> = {
+const primaries: Record<'bridge' | 'ptp', Entry> = {
   bridge: { type: 'bridge', bridge: 'cni0', isGateway: true, ipam },
   ptp: { type: 'ptp', ipam },
 };
+
+/** The addresses that both primary plugins give the node towards its pods, IPv4 and IPv6. */
+export const gateways = ['10.88.0.1', 'fd00:88::1'] as const;
 
 /** `primary`, then portmap, then `chained`. Version 1.0.0: containerd 1.6 fails every ADD of a 1.1.0 list. */
 export function network(primary: keyof typeof primaries, ...chained: Entry[]): Conflist {

@@ -164,11 +164,7 @@ export class ThrowawayNode {
     this.#cri = new CRI(this.path(criSocket));
     let wanting = '';
     await waitFor('containerd is ready', async () => {
-      const { status } = await this.cri.call('Status', {});
-      wanting = status.conditions
-        .filter((c) => !c.status)
-        .map((c) => `${c.type}: ${c.reason}, ${c.message}`)
-        .join('; ');
+      wanting = await this.#wanting();
       return wanting === '';
     }).catch((error: unknown) => {
       throw new Error(`${this.name}: containerd is not ready: ${wanting}`, { cause: error });
@@ -176,6 +172,17 @@ export class ThrowawayNode {
     if (await this.#knowsImage()) return;
     await this.run(['ctr', '--namespace', 'k8s.io', 'images', 'import', '-'], { input: busyboxArchive() });
     await waitFor(`${busyboxImage} is known`, () => this.#knowsImage());
+  }
+
+  /** What keeps containerd from running pods; '' for nothing. */
+  async #wanting(): Promise<string> {
+    try {
+      const { status } = await this.cri.call('Status', {});
+      const absent = status.conditions.filter((condition) => !condition.status);
+      return absent.map(({ type, reason, message }) => `${type}: ${reason}, ${message}`).join('; ');
+    } catch (error) {
+      return String(error); // its socket is there before it answers
+    }
   }
 
   async #knowsImage(): Promise<boolean> {
