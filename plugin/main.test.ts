@@ -46,17 +46,19 @@ function startShell(env: NodeJS.ProcessEnv, redirections: string, stdio: SpawnOp
   });
 }
 
-/** NODE_OPTIONS: has `print` called with "ready" when SIGTERM gets its handler. */
-function preloadReady(print: string): string {
-  const file = join(directory, 'ready.cjs');
-  writeFileSync(file, `process.on('newListener', (name) => name === 'SIGTERM' && ${print}('ready'))`);
+/** NODE_OPTIONS: runs `code` in the plugin's process before anything else. */
+function preload(code: string): string {
+  const file = join(directory, `preload-${++files}.cjs`);
+  writeFileSync(file, code);
   return `--require=${file}`;
 }
+let files = 0;
 
 /** An ADD that has turned its event loop at least once, so has read what was on stdin and waits for more. */
 async function startListening(stdio: SpawnOptions['stdio']): Promise<ChildProcess> {
-  const print = '((text) => setImmediate(setImmediate, console.error, text))';
-  const child = start({ ...ADD, NODE_OPTIONS: preloadReady(print) }, stdio);
+  const ready =
+    "process.on('newListener', (name) => name === 'SIGTERM' && setImmediate(setImmediate, console.error, 'ready'))";
+  const child = start({ ...ADD, NODE_OPTIONS: preload(ready) }, stdio);
   if (child.stderr === null) expect.unreachable();
   await once(child.stderr, 'data');
   return child;
@@ -64,12 +66,11 @@ async function startListening(stdio: SpawnOptions['stdio']): Promise<ChildProces
 
 /** Both ends of a named pipe, blocking or not as the plugin may find them. */
 function openPipe(): { reader: number; writer: number } {
-  const path = join(directory, `pipe-${++pipes}`);
+  const path = join(directory, `pipe-${++files}`);
   execFileSync('mkfifo', [path]);
   const reader = openSync(path, constants.O_RDONLY | constants.O_NONBLOCK);
   return { reader, writer: openSync(path, constants.O_WRONLY) };
 }
-let pipes = 0;
 
 async function finish(child: ChildProcess) {
   const [stdout, stderr, [code, signal]] = await Promise.all([
@@ -213,7 +214,8 @@ describe('stdout', () => {
     closeSync(writer);
     const filled = fill(nonBlocking);
     // spawn makes descriptors 0 to 2 blocking, so it comes as 3.
-    const env = { ...DEL, NODE_OPTIONS: preloadReady('console.error') };
+    const waiting = 'const { wait } = Atomics; Atomics.wait = (...all) => (console.error("waiting"), wait(...all))';
+    const env = { ...DEL, NODE_OPTIONS: preload(waiting) };
     const child = startShell(env, '>&3', ['ignore', 'ignore', 'pipe', nonBlocking]);
     closeSync(nonBlocking);
     if (child.stderr === null) expect.unreachable();
@@ -230,13 +232,6 @@ describe('stdout', () => {
 });
 
 describe('one error document, and no second', () => {
-  /** Runs `code` in the plugin's process before anything else, and keeps stdin open. */
-  const startWith = (code: string) => {
-    const file = join(directory, `${Math.random()}.cjs`);
-    writeFileSync(file, code);
-    return start({ ...ADD, NODE_OPTIONS: `--require=${file}` });
-  };
-
   test.each(['socket', 'pipe'])('SIGTERM while stdin, a %s, is open', async (kind) => {
     const { reader, writer } = openPipe();
     const child = await startListening([kind === 'pipe' ? reader : 'pipe', 'pipe', 'pipe']);
@@ -256,7 +251,7 @@ describe('one error document, and no second', () => {
     ['rejection', 'setImmediate(() => { Promise.reject(new Error("stray")) })'],
     ['two exceptions', 'for (const n of [1, 2]) setImmediate(() => { throw new Error(n === 1 ? "stray" : "second") })'],
   ])('stray %s', async (_name, code) => {
-    const outcome = await finish(startWith(code));
+    const outcome = await finish(start({ ...ADD, NODE_OPTIONS: preload(code) }));
     expect(outcome).toMatchObject({ stdout: document(111, 'internal error', 'stray'), code: 1, signal: null });
     expect(outcome.stderr).toContain('Error: stray\n    at ');
   });
