@@ -28,6 +28,8 @@ enum kind {
 	KIND_OTHER,          /* not TCP: ARP, ND, UDP, ICMP, ... */
 	KIND_TCP,
 	KIND_ICMP_ERROR,     /* about a TCP packet; the tuple is that packet's, reversed */
+	KIND_UDP,            /* whole, or the first fragment; for DNS */
+	KIND_UDP_FRAGMENT,   /* later fragment of a UDP datagram */
 	KIND_LATER_FRAGMENT, /* of a TCP segment, or of what may be one */
 	KIND_SHORT_FRAGMENT, /* first fragment that ends before TCP's flags */
 	KIND_MALFORMED,      /* claims to be TCP and is not readable as TCP */
@@ -45,7 +47,8 @@ struct packet {
 	__u8 family;
 	__u8 flags;          /* TCP's 14th byte */
 	__u8 more_fragments;
-	__u8 icmp;
+	__u8 pad;
+	__u32 fragment_id;   /* with more_fragments and in later fragments, where the tuple has addresses only */
 };
 
 static __always_inline int is_syn(const struct packet *p)
@@ -139,6 +142,20 @@ static __always_inline enum kind parse_tcp(struct __sk_buff *skb, struct packet 
 	return KIND_TCP;
 }
 
+static __always_inline enum kind parse_udp(struct __sk_buff *skb, struct packet *p,
+					   const struct iphdr *ip4, const struct ipv6hdr *ip6)
+{
+	struct ports udp;
+
+	if (bpf_skb_load_bytes(skb, p->l4_off, &udp, sizeof(udp)))
+		return KIND_OTHER;
+	if (ip4)
+		set_v4(p, ip4->saddr, ip4->daddr, udp.source, udp.dest);
+	else
+		set_v6(p, &ip6->saddr, &ip6->daddr, udp.source, udp.dest);
+	return KIND_UDP;
+}
+
 /* ICMP quotes at least 8 bytes of the packet it is about: TCP's ports and sequence number. */
 static __always_inline enum kind parse_icmp4(struct __sk_buff *skb, struct packet *p)
 {
@@ -188,17 +205,22 @@ static __always_inline enum kind parse_v4(struct __sk_buff *skb, struct packet *
 
 	if (bpf_skb_load_bytes(skb, p->l3_off, &ip, sizeof(ip)))
 		return KIND_MALFORMED;
-	if (ip.protocol != IPPROTO_TCP && ip.protocol != IPPROTO_ICMP)
+	if (ip.protocol != IPPROTO_TCP && ip.protocol != IPPROTO_ICMP && ip.protocol != IPPROTO_UDP)
 		return KIND_OTHER;
 	fragment = bpf_ntohs(ip.frag_off);
+	p->fragment_id = bpf_ntohs(ip.id);
+	p->more_fragments = !!(fragment & 0x2000);
 	p->l4_off = p->l3_off + ip.ihl * 4;
 	if (ip.protocol == IPPROTO_ICMP)
 		return fragment & 0x1fff || ip.ihl < 5 ? KIND_OTHER : parse_icmp4(skb, p);
 	if (ip.version != 4 || ip.ihl < 5)
-		return KIND_MALFORMED;
-	if (fragment & 0x1fff)
-		return KIND_LATER_FRAGMENT;
-	p->more_fragments = !!(fragment & 0x2000);
+		return ip.protocol == IPPROTO_UDP ? KIND_OTHER : KIND_MALFORMED;
+	if (fragment & 0x1fff) {
+		set_v4(p, ip.saddr, ip.daddr, 0, 0);
+		return ip.protocol == IPPROTO_UDP ? KIND_UDP_FRAGMENT : KIND_LATER_FRAGMENT;
+	}
+	if (ip.protocol == IPPROTO_UDP)
+		return parse_udp(skb, p, &ip, 0);
 	room = bpf_ntohs(ip.tot_len);
 	/* BIG TCP: the kernel's own super-packets have no length that fits. */
 	room = room == 0 ? skb->len : room;
@@ -231,6 +253,8 @@ static __always_inline enum kind parse_v6(struct __sk_buff *skb, struct packet *
 		p->l4_off = off;
 		if (next == IPPROTO_TCP)
 			return parse_tcp(skb, p, end > off ? end - off : 0, 0, &ip);
+		if (next == IPPROTO_UDP)
+			return parse_udp(skb, p, 0, &ip);
 		if (next == IPPROTO_ICMPV6)
 			return parse_icmp6(skb, p);
 		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
@@ -239,9 +263,18 @@ static __always_inline enum kind parse_v6(struct __sk_buff *skb, struct packet *
 		if (bpf_skb_load_bytes(skb, off, &ext, sizeof(ext)))
 			return KIND_MALFORMED;
 		if (next == IPPROTO_FRAGMENT) {
-			if (ext.fragment & bpf_htons(0xfff8))
+			__be32 id;
+
+			if (bpf_skb_load_bytes(skb, off + 4, &id, sizeof(id)))
+				return KIND_MALFORMED;
+			p->fragment_id = bpf_ntohl(id);
+			if (ext.fragment & bpf_htons(0xfff8)) {
+				if (ext.next == IPPROTO_ICMPV6)
+					return KIND_OTHER;
+				set_v6(p, &ip.saddr, &ip.daddr, 0, 0);
 				/* What follows is in the first fragment; behind another extension it may still be TCP. */
-				return ext.next == IPPROTO_UDP || ext.next == IPPROTO_ICMPV6 ? KIND_OTHER : KIND_LATER_FRAGMENT;
+				return ext.next == IPPROTO_UDP ? KIND_UDP_FRAGMENT : KIND_LATER_FRAGMENT;
+			}
 			p->more_fragments = ext.fragment & bpf_htons(1) ? 1 : 0;
 			off += 8;
 		} else if (next == IPPROTO_AH) {

@@ -9,6 +9,7 @@
  *   proxy_egress   ingress of the proxy's host-side veth
  *   proxy_guard    egress of the proxy's host-side veth
  *   proxy_ingress  ingress of the proxy's eth0, inside its netns
+ *   proxy_lookup   socket lookup inside the proxy's netns
  *
  * A frame says to proxy_ingress what to do with it by its source MAC: marks are scrubbed when a packet changes
  * namespaces, the control block is clobbered by GRO, a MAC survives every way a veth can be crossed. The sign has 32
@@ -18,6 +19,7 @@
  */
 #include <linux/bpf.h>
 #include <linux/pkt_cls.h>
+#include <stddef.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 #include "maps.h"
@@ -27,7 +29,7 @@
 #define DROP TC_ACT_SHOT
 
 /* Where a packet came from, for the choice of the listener and of the sign. */
-enum side { OUTBOUND, INBOUND };
+enum side { OUTBOUND, INBOUND, DNS };
 
 /*
  * One run of one program. The index is read once: clang otherwise keeps a pointer into the middle of __sk_buff across
@@ -37,25 +39,87 @@ struct run {
 	struct __sk_buff *skb;
 	__u32 ifindex;
 	enum program program;
+	struct packet *p; /* 0 until it is parsed */
 };
 
-static __always_inline void count(const struct run *r, enum reason reason)
+/* ---- fragments and trace ----------------------------------------------------------------------------------------- */
+
+static __always_inline struct fragment_key fragment_key(const struct run *r, const struct packet *p)
 {
-	struct counter_key key = { .ifindex = r->ifindex, .program = r->program, .reason = reason };
+	struct fragment_key key = { .ifindex = r->ifindex, .id = p->fragment_id };
+
+	copy16(key.source, p->tuple.source);
+	copy16(key.destination, p->tuple.destination);
+	return key;
+}
+
+/* Only a first fragment has the ports: what becomes of it becomes of those that follow. */
+static __always_inline void remember_fragment(const struct run *r, const struct fragment *f)
+{
+	struct fragment_key key;
+
+	if (!r->p || !r->p->more_fragments)
+		return;
+	key = fragment_key(r, r->p);
+	bpf_map_update_elem(&fragments, &key, f, BPF_ANY);
+}
+
+/* Costs one array lookup while nobody listens. */
+static __always_inline void report(struct __sk_buff *skb, const struct counter_key *key, const struct packet *p)
+{
+	__u32 zero = 0;
+	struct trace *t = bpf_map_lookup_elem(&trace, &zero);
+	struct event e = {};
+
+	if (!t || !t->on || (t->ifindex && t->ifindex != key->ifindex) || (t->reason && t->reason != key->reason))
+		return;
+	e.time = bpf_ktime_get_ns();
+	e.ifindex = key->ifindex;
+	e.program = key->program;
+	e.reason = key->reason;
+	e.length = skb->len;
+	if (p) {
+		e.family = p->family;
+		e.flags = p->flags;
+		e.tuple = p->tuple;
+	}
+	if (use_ringbuf)
+		bpf_ringbuf_output(&events, &e, sizeof(e), 0);
+	else
+		bpf_perf_event_output(skb, &events, BPF_F_CURRENT_CPU, &e, sizeof(e));
+}
+
+/* ---- counters ---------------------------------------------------------------------------------------------------- */
+
+/* A function of its own: inlined at each of its many calls it would be most of every program. */
+static __noinline int count_packet(struct __sk_buff *skb, __u32 ifindex, __u32 program, __u32 reason,
+				   const struct packet *p)
+{
+	struct counter_key key = { .ifindex = ifindex, .program = program, .reason = reason };
 	struct counter *c = bpf_map_lookup_elem(&counters, &key);
 
 	if (c) {
 		c->packets++;
-		c->bytes += r->skb->len;
+		c->bytes += skb->len;
 	} else {
-		struct counter first = { .packets = 1, .bytes = r->skb->len };
+		struct counter first = { .packets = 1, .bytes = skb->len };
 
 		bpf_map_update_elem(&counters, &key, &first, BPF_NOEXIST);
 	}
+	report(skb, &key, p);
+	return 0;
+}
+
+static __always_inline void count(const struct run *r, enum reason reason)
+{
+	count_packet(r->skb, r->ifindex, r->program, reason, r->p);
 }
 
 static __always_inline int pass(const struct run *r, enum reason reason)
 {
+	struct fragment f = { .action = FRAGMENT_PASS };
+
+	remember_fragment(r, &f);
 	count(r, reason);
 	return PASS;
 }
@@ -141,6 +205,8 @@ static __always_inline __u16 wanted_port(const struct packet *p, const struct pr
 {
 	if (side == OUTBOUND)
 		return z->outbound;
+	if (side == DNS)
+		return z->dns;
 	return z->inbound_hbone && p->tuple.destination_port == z->inbound_hbone ? z->inbound_hbone : z->inbound_plaintext;
 }
 
@@ -302,30 +368,37 @@ static __always_inline void forget_direct(__u32 ifindex, const struct tuple *fro
  * signed one as source. From an ingress hook redirect_peer goes straight to the proxy's eth0; it is refused in egress
  * hooks, where the frame takes the host-side veth and passes proxy_guard, which knows it by its mark.
  */
-static __always_inline int to_proxy(const struct run *r, const struct proxy *z, enum reason reason, __u8 meaning)
+static __always_inline int send_signed(const struct run *r, __u32 host_ifindex, const __u8 *macs, enum reason reason)
 {
 	struct __sk_buff *skb = r->skb;
-	__u8 macs[12];
-	int i, verdict;
 
-	__builtin_memcpy(macs, z->mac, 6);
-#pragma unroll
-	for (i = 0; i < 5; i++)
-		macs[6 + i] = sign[i];
-	macs[11] = meaning;
-	if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
+	if (bpf_skb_store_bytes(skb, 0, macs, 12, 0))
 		return drop(r, REASON_DROP_REDIRECT_FAILED);
 	count(r, reason);
 	if (r->program != POD_INGRESS && use_redirect_peer) {
 		/* The sender's frame may have been for another host (a bridge): the type was set on arrival. */
 		bpf_skb_change_type(skb, 0 /* PACKET_HOST */);
 		skb->mark = 0;
-		verdict = bpf_redirect_peer(z->host_ifindex, 0);
-	} else {
-		skb->mark = mark_to_proxy;
-		verdict = bpf_redirect(z->host_ifindex, 0);
+		return bpf_redirect_peer(host_ifindex, 0);
 	}
-	return verdict;
+	skb->mark = mark_to_proxy;
+	return bpf_redirect(host_ifindex, 0);
+}
+
+static __always_inline int to_proxy(const struct run *r, const struct proxy *z, enum reason reason, __u8 meaning)
+{
+	struct fragment f = { .action = FRAGMENT_REDIRECT, .ifindex = z->host_ifindex };
+	int i;
+
+	__builtin_memcpy(f.macs, z->mac, 6);
+#pragma unroll
+	for (i = 0; i < 5; i++)
+		f.macs[6 + i] = sign[i];
+	/* The listener, if one is to be assigned, is found for the first fragment and so for the whole datagram. */
+	f.macs[11] = SIGN_ESTABLISHED;
+	remember_fragment(r, &f);
+	f.macs[11] = meaning;
+	return send_signed(r, z->host_ifindex, f.macs, reason);
 }
 
 /* Into a local pod, past its pod_ingress. */
@@ -366,6 +439,39 @@ static __always_inline int reinject(const struct run *r, __u32 ifindex)
 	return bpf_redirect(ifindex, BPF_F_INGRESS);
 }
 
+/* ---- exclusions -------------------------------------------------------------------------------------------------- */
+
+static __always_inline __u32 rule_for_port(void *rules, __u8 kind, __u16 port)
+{
+	struct exclusion key = { .prefix_length = 32 + 16, .kind = kind };
+	__u32 *reason;
+
+	key.value[0] = port >> 8;
+	key.value[1] = port & 0xff;
+	reason = bpf_map_lookup_elem(rules, &key);
+	return reason ? *reason : 0;
+}
+
+/* Reason under which a new connection is excluded, or 0. `from_pod`: the pod's end is the source. */
+static __always_inline __u32 excluded(const struct run *r, const struct tuple *from_pod, enum side side)
+{
+	struct exclusion key = { .prefix_length = 32 + 128, .kind = EXCLUDE_OUTBOUND_ADDRESS };
+	__u32 ifindex = r->ifindex;
+	void *rules = bpf_map_lookup_elem(&exclusions, &ifindex);
+	__u32 reason, *found;
+
+	if (!rules)
+		return 0;
+	if (side == INBOUND)
+		return rule_for_port(rules, EXCLUDE_INBOUND_PORT, from_pod->source_port);
+	reason = rule_for_port(rules, EXCLUDE_OUTBOUND_PORT, from_pod->destination_port);
+	if (reason)
+		return reason;
+	copy16(key.value, from_pod->destination);
+	found = bpf_map_lookup_elem(rules, &key);
+	return found ? *found : 0;
+}
+
 /* ---- decisions --------------------------------------------------------------------------------------------------- */
 
 /* A SYN for which no proxy listens, and a segment of a dead proxy's flow. `from_pod`: the pod's end is the source. */
@@ -386,26 +492,32 @@ static __always_inline int without_socket(const struct run *r, struct packet *p,
 					  const struct tuple *from_proxy, enum side side)
 {
 	struct __sk_buff *skb = r->skb;
+	__u8 cookie = side == OUTBOUND ? SIGN_COOKIE_OUTBOUND : side == DNS ? SIGN_COOKIE_DNS : SIGN_COOKIE_INBOUND;
 	struct proxy *z;
 	struct flow *f;
+	__u32 reason;
 
 	if (is_direct(r->ifindex, from_pod))
 		return pass(r, REASON_PASS_DIRECT);
 	if (all) {
 		z = proxy_of_cookie(skb, p, all, side);
 		if (z)
-			return to_proxy(r, z, REASON_TO_PROXY_COOKIE,
-					side == OUTBOUND ? SIGN_COOKIE_OUTBOUND : SIGN_COOKIE_INBOUND);
+			return to_proxy(r, z, REASON_TO_PROXY_COOKIE, cookie);
 	}
 	f = bpf_map_lookup_elem(&flows, from_proxy);
 	if (f) {
 		z = all ? listening_proxy(skb, p, all, side) : 0;
 		if (z)
 			/* Only a transparent listener's stack answers from an address that is not its own (IPv4). */
-			return to_proxy(r, z, REASON_TO_PROXY_ORPHANED,
-					side == OUTBOUND ? SIGN_COOKIE_OUTBOUND : SIGN_COOKIE_INBOUND);
+			return to_proxy(r, z, REASON_TO_PROXY_ORPHANED, cookie);
 		return by_policy(r, self, from_pod);
 	}
+	/* Its entry was evicted, or the rule is newer than the flow. Which side opened it cannot be seen any more. */
+	reason = excluded(r, from_pod, OUTBOUND);
+	if (!reason)
+		reason = excluded(r, from_pod, INBOUND);
+	if (reason)
+		return pass(r, reason);
 	if (self->flags & INTERFACE_STRICT)
 		return drop(r, REASON_DROP_ORPHANED_FLOW);
 	return pass(r, REASON_PASS_NO_PROXY_SOCKET);
@@ -415,6 +527,8 @@ static __always_inline int not_wanted(const struct packet *p, const struct inter
 {
 	if (side == OUTBOUND)
 		return self->flags & INTERFACE_NO_OUTBOUND;
+	if (side == DNS)
+		return 0;
 	/* 15008 is HBONE's registered port whatever the proxy was told to listen on. */
 	return self->flags & (p->tuple.destination_port == 15008 ? INTERFACE_NO_HBONE : INTERFACE_NO_PLAINTEXT);
 }
@@ -425,6 +539,7 @@ static __always_inline int new_connection(const struct run *r, struct packet *p,
 {
 	struct __sk_buff *skb = r->skb;
 	struct proxy *z;
+	__u32 reason;
 
 	if (self->flags & INTERFACE_DRAINING) {
 		remember_direct(r->ifindex, from_pod);
@@ -434,14 +549,37 @@ static __always_inline int new_connection(const struct run *r, struct packet *p,
 		remember_direct(r->ifindex, from_pod);
 		return pass(r, REASON_PASS_NOT_WANTED);
 	}
+	reason = excluded(r, from_pod, side);
+	if (reason) {
+		remember_direct(r->ifindex, from_pod);
+		return pass(r, reason);
+	}
 	z = all ? listening_proxy(skb, p, all, side) : 0;
 	if (!z)
 		return by_policy(r, self, from_pod);
 	forget_direct(r->ifindex, from_pod);
-	remember_flow(from_proxy, r->ifindex, side == OUTBOUND ? FLOW_OUTBOUND : FLOW_INBOUND);
-	return to_proxy(r, z,
-			side == OUTBOUND ? REASON_REDIRECTED_OUTBOUND : REASON_REDIRECTED_INBOUND,
-			side == OUTBOUND ? SIGN_OUTBOUND : SIGN_INBOUND);
+	remember_flow(from_proxy, r->ifindex, side == INBOUND ? FLOW_INBOUND : FLOW_OUTBOUND);
+	if (side == INBOUND)
+		return to_proxy(r, z, REASON_REDIRECTED_INBOUND, SIGN_INBOUND);
+	if (side == DNS)
+		return to_proxy(r, z, REASON_DNS_CAPTURED, SIGN_DNS_TCP);
+	return to_proxy(r, z, REASON_REDIRECTED_OUTBOUND, SIGN_OUTBOUND);
+}
+
+static __always_inline int later_fragment(const struct run *r, const struct packet *p)
+{
+	struct fragment_key key = fragment_key(r, p);
+	struct fragment *f = bpf_map_lookup_elem(&fragments, &key);
+	__u8 macs[12];
+
+	if (!f)
+		return drop(r, REASON_DROP_FRAGMENT);
+	if (f->action != FRAGMENT_REDIRECT) {
+		count(r, REASON_PASS_FRAGMENT);
+		return PASS;
+	}
+	__builtin_memcpy(macs, f->macs, sizeof(macs));
+	return send_signed(r, f->ifindex, macs, REASON_TO_PROXY_ESTABLISHED);
 }
 
 /* Whatever is not TCP, and what claims to be TCP but cannot be judged as TCP. 1: judge on. */
@@ -449,13 +587,16 @@ static __always_inline int unjudgeable(const struct run *r, const struct packet 
 {
 	switch (kind) {
 	case KIND_OTHER:
-		return pass(r, REASON_PASS_NOT_TCP);
+	case KIND_UDP:
+	case KIND_UDP_FRAGMENT:
+		count(r, REASON_PASS_NOT_TCP);
+		return PASS;
 	case KIND_MALFORMED:
 		return drop(r, REASON_DROP_MALFORMED);
 	case KIND_SHORT_FRAGMENT:
 		return drop(r, REASON_DROP_SHORT_FIRST_FRAGMENT);
 	case KIND_LATER_FRAGMENT:
-		return drop(r, REASON_DROP_FRAGMENT);
+		return later_fragment(r, p);
 	default:
 		break;
 	}
@@ -472,10 +613,159 @@ static __always_inline int is_own(const struct run *r, const __u8 *address)
 	return e && e->ifindex == r->ifindex;
 }
 
+/* ---- DNS over UDP ------------------------------------------------------------------------------------------------ */
+
+/* offsetof(struct udphdr, ...); the DNS transaction id is the first thing behind it */
+#define UDP_SOURCE 0
+#define UDP_DESTINATION 2
+#define UDP_CHECKSUM 6
+#define UDP_LENGTH 8
+
+/* The newest proxy whose DNS listener exists now. */
+static __always_inline struct proxy *resolving_proxy(struct __sk_buff *skb, const struct packet *p, struct proxies *all)
+{
+	struct bpf_sock *sk;
+	int i;
+
+#pragma unroll
+	for (i = 0; i < PROXY_SLOTS; i++) {
+		struct bpf_sock_tuple t = {};
+
+		if (i >= all->count)
+			break;
+		if (!all->slot[i].dns)
+			continue;
+		if (p->family == 4) {
+			t.ipv4.daddr = bpf_htonl(0x7f000001);
+			t.ipv4.dport = bpf_htons(all->slot[i].dns);
+			sk = bpf_sk_lookup_udp(skb, &t, sizeof(t.ipv4), (__u64)(__s64)all->slot[i].nsid, 0);
+		} else {
+			t.ipv6.daddr[3] = bpf_htonl(1);
+			t.ipv6.dport = bpf_htons(all->slot[i].dns);
+			sk = bpf_sk_lookup_udp(skb, &t, sizeof(t.ipv6), (__u64)(__s64)all->slot[i].nsid, 0);
+		}
+		if (!sk)
+			continue;
+		bpf_sk_release(sk);
+		if (alive(skb, &all->slot[i]))
+			return &all->slot[i];
+	}
+	return 0;
+}
+
+/*
+ * A query keeps its destination address, which the proxy's routing makes local, and gets the port of the proxy's
+ * listener. The proxy answers from an address of its own, so the resolver's is kept for the answer: by transaction id,
+ * because one client port may ask two resolvers.
+ */
+static __always_inline int capture_query(const struct run *r, const struct packet *p, const struct interface *self)
+{
+	struct __sk_buff *skb = r->skb;
+	struct proxies *all = all_proxies();
+	struct query q = {};
+	struct proxy *z;
+	__be16 from = bpf_htons(53), to;
+	__u16 l4 = p->l4_off;
+	__u32 reason;
+
+	if (self->flags & INTERFACE_DRAINING)
+		return pass(r, REASON_PASS_DRAINING);
+	reason = excluded(r, &p->tuple, OUTBOUND);
+	if (reason)
+		return pass(r, reason);
+	if (!is_own(r, p->tuple.source))
+		return drop(r, REASON_DROP_SPOOFED_SOURCE);
+	z = all ? resolving_proxy(skb, p, all) : 0;
+	if (!z) {
+		if (self->flags & INTERFACE_POLICY_OPEN)
+			return pass(r, REASON_PASS_FAILURE_POLICY_OPEN);
+		return drop(r, REASON_DROP_NO_LISTENER);
+	}
+	copy16(q.client, p->tuple.source);
+	q.port = p->tuple.source_port;
+	if (bpf_skb_load_bytes(skb, l4 + UDP_LENGTH, &q.id, sizeof(q.id)))
+		return drop(r, REASON_DROP_MALFORMED);
+	if (bpf_map_update_elem(&resolvers, &q, p->tuple.destination, BPF_ANY))
+		return drop(r, REASON_DROP_REDIRECT_FAILED);
+	to = bpf_htons(z->dns);
+	/* IPv4 may have no checksum (0), which must stay 0. */
+	if (bpf_l4_csum_replace(skb, l4 + UDP_CHECKSUM, from, to, BPF_F_MARK_MANGLED_0 | sizeof(to)) ||
+	    bpf_skb_store_bytes(skb, l4 + UDP_DESTINATION, &to, sizeof(to), 0))
+		return drop(r, REASON_DROP_REDIRECT_FAILED);
+	return to_proxy(r, z, REASON_DNS_CAPTURED, SIGN_DNS);
+}
+
+/* Source address of a datagram, in the IP header and, where it is known to be there, in the UDP checksum. */
+static __always_inline int set_source(struct __sk_buff *skb, const struct packet *p, const __u8 *address, int with_udp)
+{
+	__be32 old6[4], new6[4];
+	__s64 difference;
+
+	__builtin_memcpy(old6, p->tuple.source, 16);
+	__builtin_memcpy(new6, address, 16);
+	if (p->family == 4) {
+		if (with_udp && bpf_l4_csum_replace(skb, p->l4_off + UDP_CHECKSUM, old6[3], new6[3],
+						    BPF_F_MARK_MANGLED_0 | BPF_F_PSEUDO_HDR | 4))
+			return -1;
+		if (bpf_l3_csum_replace(skb, p->l3_off + offsetof(struct iphdr, check), old6[3], new6[3], 4))
+			return -1;
+		return bpf_skb_store_bytes(skb, p->l3_off + offsetof(struct iphdr, saddr), &new6[3], 4, 0);
+	}
+	if (with_udp) {
+		difference = bpf_csum_diff(old6, sizeof(old6), new6, sizeof(new6), 0);
+		if (bpf_l4_csum_replace(skb, p->l4_off + UDP_CHECKSUM, 0, difference,
+					BPF_F_MARK_MANGLED_0 | BPF_F_PSEUDO_HDR))
+			return -1;
+	}
+	return bpf_skb_store_bytes(skb, p->l3_off + offsetof(struct ipv6hdr, saddr), new6, 16, 0);
+}
+
+/* An answer of the proxy's DNS listener gets back the address and port that the pod asked. 1: it is none. */
+static __always_inline int answer_query(const struct run *r, const struct packet *p, const struct proxy *self,
+					const struct endpoint *to)
+{
+	struct __sk_buff *skb = r->skb;
+	struct fragment f = { .action = FRAGMENT_DNS_ANSWER };
+	struct query q = {};
+	__be16 old = bpf_htons(self->dns), port = bpf_htons(53);
+	__u8 *resolver;
+
+	copy16(q.client, p->tuple.destination);
+	q.port = p->tuple.destination_port;
+	if (bpf_skb_load_bytes(skb, p->l4_off + UDP_LENGTH, &q.id, sizeof(q.id)))
+		return 1;
+	resolver = bpf_map_lookup_elem(&resolvers, &q);
+	if (!resolver)
+		return 1;
+	copy16(f.resolver, resolver);
+	remember_fragment(r, &f);
+	if (bpf_l4_csum_replace(skb, p->l4_off + UDP_CHECKSUM, old, port, BPF_F_MARK_MANGLED_0 | sizeof(port)) ||
+	    bpf_skb_store_bytes(skb, p->l4_off + UDP_SOURCE, &port, sizeof(port), 0) ||
+	    set_source(skb, p, f.resolver, 1))
+		return drop(r, REASON_DROP_REDIRECT_FAILED);
+	return deliver(r, to, REASON_DNS_ANSWERED);
+}
+
+static __always_inline int answer_fragment(const struct run *r, const struct packet *p, const struct endpoint *to)
+{
+	struct fragment_key key = fragment_key(r, p);
+	struct fragment *f = bpf_map_lookup_elem(&fragments, &key);
+	__u8 resolver[16];
+
+	if (!f || f->action != FRAGMENT_DNS_ANSWER)
+		return 1;
+	copy16(resolver, f->resolver);
+	if (set_source(r->skb, p, resolver, 0))
+		return drop(r, REASON_DROP_REDIRECT_FAILED);
+	return deliver(r, to, REASON_DNS_ANSWERED);
+}
+
+/* ---- programs ---------------------------------------------------------------------------------------------------- */
+
 SEC("tc")
 int pod_egress(struct __sk_buff *skb)
 {
-	const struct run r = { skb, skb->ifindex, POD_EGRESS };
+	struct run r = { skb, skb->ifindex, POD_EGRESS, 0 };
 	struct interface *self;
 	struct proxies *all;
 	struct packet p;
@@ -483,6 +773,7 @@ int pod_egress(struct __sk_buff *skb)
 	struct tuple from_proxy;
 	struct flow *f;
 	enum kind kind;
+	enum side side;
 	int verdict, own;
 
 	if (skb->mark == mark_bypass) {
@@ -497,12 +788,16 @@ int pod_egress(struct __sk_buff *skb)
 	if (vlan_tagged(skb))
 		return drop(&r, REASON_DROP_VLAN_TAGGED);
 	kind = parse(skb, &p);
+	r.p = &p;
+	if (kind == KIND_UDP && self->flags & INTERFACE_DNS && p.tuple.destination_port == 53 && !p.more_fragments)
+		return capture_query(&r, &p, self);
 	verdict = unjudgeable(&r, &p, kind);
 	if (verdict != 1)
 		return verdict;
 	if (link_local(&p))
 		return pass(&r, REASON_PASS_LINK_LOCAL);
 	all = all_proxies();
+	side = self->flags & INTERFACE_DNS && p.tuple.destination_port == 53 ? DNS : OUTBOUND;
 	own = is_own(&r, p.tuple.source);
 	from_proxy = reversed(&p.tuple);
 	if (kind == KIND_ICMP_ERROR) {
@@ -514,7 +809,7 @@ int pod_egress(struct __sk_buff *skb)
 	if (is_syn(&p)) {
 		if (!own)
 			return drop(&r, REASON_DROP_SPOOFED_SOURCE);
-		return new_connection(&r, &p, self, all, &p.tuple, &from_proxy, OUTBOUND);
+		return new_connection(&r, &p, self, all, &p.tuple, &from_proxy, side);
 	}
 	if (!own) {
 		/* An address that only the pod knows of (a VIP, SLAAC) may answer, on a flow that began towards it here. */
@@ -527,13 +822,13 @@ int pod_egress(struct __sk_buff *skb)
 		return to_proxy(&r, z, REASON_TO_PROXY_ESTABLISHED, SIGN_ESTABLISHED);
 	if (has_connection(skb, &p, BPF_F_CURRENT_NETNS))
 		return pass(&r, REASON_PASS_HOST_SOCKET);
-	return without_socket(&r, &p, self, all, &p.tuple, &from_proxy, OUTBOUND);
+	return without_socket(&r, &p, self, all, &p.tuple, &from_proxy, side);
 }
 
 SEC("tc")
 int pod_ingress(struct __sk_buff *skb)
 {
-	const struct run r = { skb, skb->ifindex, POD_INGRESS };
+	struct run r = { skb, skb->ifindex, POD_INGRESS, 0 };
 	struct interface *self;
 	struct proxies *all;
 	struct packet p;
@@ -560,6 +855,7 @@ int pod_ingress(struct __sk_buff *skb)
 	if (vlan_tagged(skb))
 		return drop(&r, REASON_DROP_VLAN_TAGGED);
 	kind = parse(skb, &p);
+	r.p = &p;
 	verdict = unjudgeable(&r, &p, kind);
 	if (verdict != 1)
 		return verdict;
@@ -610,7 +906,7 @@ static __always_inline int pod_has_connection(struct __sk_buff *skb, struct pack
 SEC("tc")
 int proxy_egress(struct __sk_buff *skb)
 {
-	const struct run r = { skb, skb->ifindex, PROXY_EGRESS };
+	struct run r = { skb, skb->ifindex, PROXY_EGRESS, 0 };
 	struct proxies *all = all_proxies();
 	struct proxy *self = 0;
 	struct endpoint *to, *from;
@@ -618,7 +914,7 @@ int proxy_egress(struct __sk_buff *skb)
 	struct packet p;
 	struct flow *f;
 	enum kind kind;
-	int i;
+	int i, verdict;
 
 	if (!all)
 		return PASS;
@@ -634,10 +930,22 @@ int proxy_egress(struct __sk_buff *skb)
 	if (!self)
 		return PASS;
 	kind = parse(skb, &p);
-	if (kind != KIND_TCP)
-		return pass(&r, REASON_PASS_NOT_TCP);
-	f = bpf_map_lookup_elem(&flows, &p.tuple);
+	r.p = &p;
 	to = bpf_map_lookup_elem(&endpoints, p.tuple.destination);
+	if (to && (kind == KIND_UDP || kind == KIND_UDP_FRAGMENT)) {
+		verdict = 1;
+		if (kind == KIND_UDP_FRAGMENT)
+			verdict = answer_fragment(&r, &p, to);
+		else if (self->dns && p.tuple.source_port == self->dns)
+			verdict = answer_query(&r, &p, self, to);
+		if (verdict != 1)
+			return verdict;
+	}
+	if (kind != KIND_TCP) {
+		count(&r, REASON_PASS_NOT_TCP);
+		return PASS;
+	}
+	f = bpf_map_lookup_elem(&flows, &p.tuple);
 	if (to && is_syn(&p)) {
 		if (self->inbound_hbone && p.tuple.destination_port == self->inbound_hbone &&
 		    !(to->flags & INTERFACE_NO_HBONE)) {
@@ -687,7 +995,7 @@ static __always_inline int signed_source(struct __sk_buff *skb, __u8 *meaning)
 SEC("tc")
 int proxy_guard(struct __sk_buff *skb)
 {
-	const struct run r = { skb, skb->ifindex, PROXY_GUARD };
+	struct run r = { skb, skb->ifindex, PROXY_GUARD, 0 };
 	__u8 meaning;
 
 	if (skb->mark == mark_to_proxy || !signed_source(skb, &meaning))
@@ -698,11 +1006,12 @@ int proxy_guard(struct __sk_buff *skb)
 SEC("tc")
 int proxy_ingress(struct __sk_buff *skb)
 {
-	const struct run r = { skb, 0, PROXY_INGRESS };
+	struct run r = { skb, 0, PROXY_INGRESS, 0 };
 	struct proxies *all;
 	struct bpf_sock *sk;
 	struct packet p;
 	__u8 meaning;
+	struct listener_key key = {};
 	enum side side;
 	__u16 port = 0;
 	__u8 mac[6];
@@ -712,11 +1021,14 @@ int proxy_ingress(struct __sk_buff *skb)
 		return PASS;
 	/* Makes the route of a foreign destination local (rule and table of this namespace). */
 	skb->mark = mark_tproxy;
-	if (meaning == SIGN_ESTABLISHED || meaning == SIGN_ICMP)
+	if (meaning == SIGN_ESTABLISHED || meaning == SIGN_ICMP || meaning == SIGN_DNS)
 		return pass(&r, REASON_PROXY_DELIVERED);
 	if (parse(skb, &p) != KIND_TCP)
 		return drop(&r, REASON_DROP_MALFORMED);
-	side = meaning == SIGN_OUTBOUND || meaning == SIGN_COOKIE_OUTBOUND ? OUTBOUND : INBOUND;
+	r.p = &p;
+	side = meaning == SIGN_OUTBOUND || meaning == SIGN_COOKIE_OUTBOUND ? OUTBOUND :
+	       meaning == SIGN_DNS_TCP || meaning == SIGN_COOKIE_DNS	   ? DNS :
+									     INBOUND;
 	all = all_proxies();
 	if (!all || bpf_skb_load_bytes(skb, 0, mac, sizeof(mac)))
 		return drop(&r, REASON_DROP_NO_LISTENER);
@@ -732,20 +1044,28 @@ int proxy_ingress(struct __sk_buff *skb)
 			other |= mac[j] ^ all->slot[i].mac[j];
 		if (!other) {
 			port = wanted_port(&p, &all->slot[i], side);
+			key.host_ifindex = all->slot[i].host_ifindex;
 			break;
 		}
 	}
 	if (!port)
 		return drop(&r, REASON_DROP_NO_LISTENER);
-	/*
-	 * A listener assigned to a SYN whose tuple is in TIME_WAIT makes the request socket collide with it, and the SYN
-	 * vanishes for a minute. Unassigned, TCP's own lookup finds the TIME_WAIT socket and recycles it.
-	 */
-	if (is_syn(&p) && socket_state(skb, &p, BPF_F_CURRENT_NETNS) == BPF_TCP_TIME_WAIT)
-		return pass(&r, REASON_PROXY_TIME_WAIT);
 	sk = find_listener(skb, p.family, BPF_F_CURRENT_NETNS, port);
 	if (!sk)
 		return drop(&r, REASON_DROP_NO_LISTENER);
+	/*
+	 * A listener assigned to a SYN whose tuple is in TIME_WAIT makes the request socket collide with it, and the SYN
+	 * vanishes for a minute. Unassigned, TCP's own lookup finds the TIME_WAIT socket, takes the SYN for its reuse and
+	 * asks for a listener of that port, which proxy_lookup then names.
+	 */
+	if (is_syn(&p) && socket_state(skb, &p, BPF_F_CURRENT_NETNS) == BPF_TCP_TIME_WAIT) {
+		key.port = port;
+		key.family = p.family;
+		if (use_sk_lookup && !bpf_map_update_elem(&listeners, &key, sk, BPF_ANY))
+			bpf_map_update_elem(&reused, &p.tuple, &key, BPF_ANY);
+		bpf_sk_release(sk);
+		return pass(&r, REASON_PROXY_TIME_WAIT);
+	}
 	if (use_sk_assign) {
 		i = bpf_sk_assign(skb, sk, 0);
 		bpf_sk_release(sk);
@@ -755,6 +1075,47 @@ int proxy_ingress(struct __sk_buff *skb)
 		bpf_sk_release(sk);
 	}
 	return pass(&r, REASON_PROXY_ASSIGNED);
+}
+
+/* Names the listener for a SYN that proxy_ingress could not assign. */
+SEC("sk_lookup")
+int proxy_lookup(struct bpf_sk_lookup *context)
+{
+	/* clang merges loads of a context across branches into a computed pointer, which the verifier refuses. */
+	volatile struct bpf_sk_lookup *ctx = context;
+	struct tuple t = {};
+	struct listener_key *key;
+	struct bpf_sock *sk;
+	__u32 address[4];
+
+	if (ctx->protocol != IPPROTO_TCP)
+		return SK_PASS;
+	if (ctx->family == 2 /* AF_INET */) {
+		map_v4(t.source, ctx->remote_ip4);
+		map_v4(t.destination, ctx->local_ip4);
+	} else {
+		address[0] = ctx->remote_ip6[0];
+		address[1] = ctx->remote_ip6[1];
+		address[2] = ctx->remote_ip6[2];
+		address[3] = ctx->remote_ip6[3];
+		__builtin_memcpy(t.source, address, 16);
+		address[0] = ctx->local_ip6[0];
+		address[1] = ctx->local_ip6[1];
+		address[2] = ctx->local_ip6[2];
+		address[3] = ctx->local_ip6[3];
+		__builtin_memcpy(t.destination, address, 16);
+	}
+	t.source_port = bpf_ntohs((__u16)ctx->remote_port);
+	t.destination_port = ctx->local_port;
+	key = bpf_map_lookup_elem(&reused, &t);
+	if (!key)
+		return SK_PASS;
+	sk = bpf_map_lookup_elem(&listeners, key);
+	if (!sk)
+		return SK_PASS;
+	bpf_sk_assign(context, sk, 0);
+	bpf_sk_release(sk);
+	return SK_PASS;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

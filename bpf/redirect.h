@@ -12,7 +12,7 @@
 
 #include <linux/types.h>
 
-#define LAYOUT_VERSION 1
+#define LAYOUT_VERSION 2
 
 #define NETWORK_LEN 256
 #define CONTAINER_ID_LEN 256
@@ -33,6 +33,7 @@ enum program {
 	PROXY_EGRESS = 3,  /* what the proxy sends: ingress of the proxy's host-side veth */
 	PROXY_GUARD = 4,   /* egress of the proxy's host-side veth: nobody else carries our sign */
 	PROXY_INGRESS = 5, /* what the proxy receives: ingress of its own eth0, inside its netns */
+	PROXY_LOOKUP = 6,  /* socket lookup in the proxy's netns: listeners for tuples in TIME_WAIT */
 };
 
 /*
@@ -68,6 +69,7 @@ enum reason {
 	REASON_PASS_BYPASS = 42,           /* our own mark: decided by another program of ours */
 	REASON_PASS_PROXY_OWN = 43,        /* the proxy speaks for itself, or about a pod that is not enrolled */
 	REASON_PASS_NOT_WANTED = 44,       /* proxy.ports has 0 for this kind */
+	REASON_PASS_FRAGMENT = 45,         /* later fragment of a segment that was let pass */
 
 	REASON_DROP_NO_LISTENER = 64,
 	REASON_DROP_SPOOFED_SOURCE = 65,
@@ -79,7 +81,7 @@ enum reason {
 	REASON_DROP_ORPHANED_FLOW = 71,
 	REASON_DROP_VLAN_TAGGED = 72,
 	REASON_DROP_FORGED_SIGN = 73,
-	REASON_DROP_FRAGMENT = 74,         /* later fragment of a TCP segment */
+	REASON_DROP_FRAGMENT = 74,         /* later fragment of a TCP segment whose first one was not seen or not let pass */
 	REASON_MAX = 96,
 };
 
@@ -169,6 +171,9 @@ struct settings {
 #define SIGN_COOKIE_OUTBOUND 4 /* no socket: the listener must get this ACK */
 #define SIGN_COOKIE_INBOUND 5
 #define SIGN_ICMP 6
+#define SIGN_DNS 7             /* UDP, port already rewritten */
+#define SIGN_DNS_TCP 8
+#define SIGN_COOKIE_DNS 9
 
 /* A TCP tuple. In "flows" it is written as the proxy sends it. In "direct" source is the pod's end. */
 struct tuple {
@@ -188,6 +193,76 @@ struct flow {
 #define FLOW_UPSTREAM 3 /* the proxy's own SYN to a local pod: the flow goes straight into that pod */
 
 /* map "direct", hash of maps: host-side ifindex -> LRU hash of struct tuple -> __u64 bpf_ktime_get_ns of the SYN */
+
+/*
+ * map "exclusions", hash of maps: host-side ifindex -> LPM trie of this key -> __u32 reason. One trie for each pod, made
+ * anew when the pod's rules change: a program sees the old rules or the new ones. Ports in network order; a range is
+ * the prefixes that make it up.
+ */
+struct exclusion {
+	__u32 prefix_length; /* 32 (kind and pad) + significant bits of value */
+	__u8 kind;           /* EXCLUDE_* */
+	__u8 pad[3];
+	__u8 value[16];
+};
+#define EXCLUDE_INBOUND_PORT 1
+#define EXCLUDE_OUTBOUND_PORT 2
+#define EXCLUDE_OUTBOUND_ADDRESS 3
+
+/* map "fragments", LRU hash: what became of a datagram's first fragment */
+struct fragment_key {
+	__u32 ifindex;
+	__u32 id;
+	__u8 source[16];
+	__u8 destination[16];
+};
+struct fragment {
+	__u32 action;         /* FRAGMENT_* */
+	__u32 ifindex;        /* FRAGMENT_REDIRECT: proxy's host-side interface */
+	__u8 macs[12];        /* FRAGMENT_REDIRECT: as the first one got them */
+	__u8 resolver[16];    /* FRAGMENT_DNS_ANSWER: source that the first one got */
+};
+#define FRAGMENT_PASS 1
+#define FRAGMENT_REDIRECT 2
+#define FRAGMENT_DNS_ANSWER 3
+
+/* map "resolvers", LRU hash: a captured DNS query -> 16-byte address of the resolver it was for */
+struct query {
+	__u8 client[16];
+	__u16 port;
+	__u16 id; /* DNS transaction id, as in the message */
+};
+
+/* map "listeners", hash of sockets: put there by proxy_ingress for proxy_lookup */
+struct listener_key {
+	__u32 host_ifindex;
+	__u16 port;
+	__u16 family;
+};
+
+/* map "reused", LRU hash: tuple of a SYN that met TIME_WAIT -> struct listener_key */
+
+/* map "trace", array[1] */
+struct trace {
+	__u32 on;
+	__u32 ifindex; /* 0: every interface */
+	__u32 reason;  /* 0: every reason */
+	__u32 pad;
+};
+
+/* map "events", ring buffer (perf event array below 5.8) */
+struct event {
+	__u64 time; /* bpf_ktime_get_ns */
+	__u32 ifindex;
+	__u16 program;
+	__u16 reason;
+	__u32 length;
+	__u8 family; /* 0: the packet was not parsed as TCP */
+	__u8 flags;  /* TCP's */
+	__u16 pad;
+	struct tuple tuple;
+	__u32 pad2;
+};
 
 /* map "counters", per-CPU hash without preallocation */
 struct counter_key {
