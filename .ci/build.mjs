@@ -74,7 +74,7 @@ function buildAddons(parts) {
     nodeGyp('configure');
     stamp('configure', layout);
   }
-  nodeGyp('build', ...stale.map((part) => TARGETS[part]));
+  nodeGyp('build', '--jobs=max', ...stale.map((part) => TARGETS[part]));
   for (const part of stale) stamp(`addon-${part}`, inputs);
 }
 

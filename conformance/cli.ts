@@ -41,7 +41,10 @@ async function main(): Promise<number> {
   const program = new Command('conformance')
     .description('Runs the rules of the CNI specification against a chained plugin, in throw-away namespaces.')
     .option('--plugin <path>', 'the executable')
-    .option('--conf <file>', `its entry of a conflist's plugins, or a conflist; \${DIR} and \${BPFFS} in it are replaced`)
+    .option(
+      '--conf <file>',
+      `its entry of a conflist's plugins, or a conflist; \${DIR} and \${BPFFS} in it are replaced`,
+    )
     .option('--cap-args <json>', 'capability arguments of the runtime, for capabilities that the entry declares')
     .option('--bad-keys <json>', "keys that make the plugin's own configuration invalid")
     .option('--pass-through', 'the plugin promises not to change the Result')

@@ -71,12 +71,14 @@ export async function conformance(
     try {
       subject.supported = await supportedVersions(subject);
     } catch (error) {
-      // A plugin without a working VERSION is tried at every version; A8.1 reports it.
       if (!(error instanceof Violation)) throw error;
-      subject.supported = [...VERSIONS];
     }
+    // A plugin without a working VERSION is tried at every version; A8.1 reports it.
+    if (subject.supported.length === 0) subject.supported = [...VERSIONS];
     for (const rule of rules) {
-      const versions = versionsOf(rule, subject.supported);
+      const versions = versionsOf(rule, subject.supported).filter(
+        (version) => version === undefined || !options.versions || options.versions.includes(version),
+      );
       const { id, level, spec, title } = rule;
       const report = (finding: Pick<Finding, 'verdict' | 'ms' | 'version' | 'reason'>) => {
         findings.push({ id, level, spec, title, ...finding });

@@ -9,7 +9,7 @@ import { NEWEST_VERSION, SUPPORTED_VERSIONS } from './cni/version.ts';
 import { readStdin, stdinIsDevice } from './stdin.ts';
 
 /** How long a pipe that nobody reads may stay full. */
-const WRITE_TIMEOUT_MILLISECONDS = 10_000;
+const WRITE_TIMEOUT_SECONDS = 10;
 
 const command = process.env.CNI_COMMAND ?? '';
 const args = process.argv.slice(2);
@@ -60,13 +60,13 @@ function about(): string {
 /** Writes everything, and waits where the reader is slow. Returns why it could not, never throws. */
 function write(fd: 1 | 2, text: string): string | undefined {
   const bytes = Buffer.from(text);
-  const deadline = performance.now() + WRITE_TIMEOUT_MILLISECONDS;
+  const deadline = process.uptime() + WRITE_TIMEOUT_SECONDS;
   for (let written = 0; written < bytes.length; ) {
     try {
       written += writeSync(fd, bytes, written);
     } catch (error) {
       const { code, message } = error as NodeJS.ErrnoException;
-      if (code !== 'EAGAIN' || performance.now() > deadline) return message;
+      if (code !== 'EAGAIN' || process.uptime() > deadline) return message;
       // The descriptor is non-blocking because the other end made it so.
       Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 2);
     }

@@ -3,7 +3,6 @@
 // read would defer it, and one on a libuv thread makes exit(3) wait for that thread.
 
 import { closeSync, constants, fstatSync, openSync, readSync } from 'node:fs';
-import { setTimeout } from 'node:timers/promises';
 
 /** Far above any network configuration; libcni caches Results of a few kilobytes. */
 const MAX_BYTES = 8 << 20;
@@ -50,7 +49,7 @@ async function* readDescriptor(mayBlock: boolean): AsyncGenerator<Buffer> {
         count = readSync(fd, chunk);
       } catch (error) {
         if ((error as NodeJS.ErrnoException).code !== 'EAGAIN') throw error;
-        await setTimeout(POLL_MILLISECONDS);
+        await new Promise((resolve) => setTimeout(resolve, POLL_MILLISECONDS));
         continue;
       }
       if (count === 0) return;

@@ -4,7 +4,6 @@
 
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { readFileSync } from 'node:fs';
 import { until } from '../netns.ts';
 import { encode, isObject } from '../runtime.ts';
 import type { Rule } from './rule.ts';
@@ -147,11 +146,14 @@ export const processRules: Rule[] = [
       });
       // A plugin that does not wait for the end of stdin may end early, and then cannot be written to.
       child.stdin.on('error', () => undefined);
-      const started = () => readFileSync(`/proc/${child.pid}/comm`, 'utf8').trim() !== 'nsenter';
       const ended = once(child, 'close');
       try {
-        await until('the plugin runs', started);
-        child.stdin.write('{"cniVersion":');
+        // More than the kernel holds: once it is written, the plugin has read some and waits for the rest.
+        let written = false;
+        child.stdin.write(`{"filler":"${'x'.repeat(1 << 20)}`, () => {
+          written = true;
+        });
+        await until('the plugin reads stdin', () => written);
         child.kill('SIGTERM');
         const limit = new Promise((_, reject) => {
           setTimeout(() => reject(new Violation('still runs 2 s after SIGTERM')), 2_000).unref();
@@ -187,8 +189,8 @@ export const processRules: Rule[] = [
     async run(subject) {
       const pod = subject.pod();
       // The reading end is closed before the plugin starts: the left side waits for the right one's end.
-      const shell = 'f=$(mktemp -u) && mkfifo "$f" && { exec 4<>"$f"; exec 5>"$f" 4<&-; rm "$f"; "$0" >&5 5>&-; }';
-      await subject.call('ADD', pod, subject.newest, { shell });
+      const shell = 'f=$(mktemp -u) && mkfifo "$f" && { exec 4<>"$f"; exec 5>"$f" 4<&-; rm "$f"; exec "$0" >&5 5>&-; }';
+      await subject.call('ADD', pod, subject.newest, { shell, timeout: 3_000 });
       await subject.del(pod);
     },
   },

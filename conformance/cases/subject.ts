@@ -29,6 +29,8 @@ export interface SubjectOptions {
   badKeys?: JsonObject;
   /** The plugin promises not to change the Result. */
   passThrough?: boolean;
+  /** Only at these versions, of those that the plugin supports. Default: all. */
+  versions?: readonly Version[];
   /** Added to the runtime's environment. */
   environment?: Record<string, string>;
   /** Keys of kernel state that may differ after DEL (counters). */
@@ -65,8 +67,8 @@ export class Pod {
     this.id = `${testbed.id.replaceAll('.', '-')}-${number}`;
     this.hostIfname = `veth${number}`;
     const octets = `${number >> 8}.${number & 255}`;
-    this.addresses = [`10.88.${octets}/32`, `fd00:88::${number.toString(16)}/128`];
-    this.gateways = ['10.87.0.1', 'fd00:87::1'];
+    this.addresses = [`10.88.${octets}/16`, `fd00:88::${number.toString(16)}/64`];
+    this.gateways = ['10.88.255.254', 'fd00:88::ffff'];
     this.mac = macOf(2, number);
     this.hostMac = macOf(6, number);
     this.namespace = testbed.namespace(`pod${number}`);
@@ -98,7 +100,7 @@ export class Pod {
         gateway: this.gateways[index] as string,
       })),
       routes: [{ dst: '0.0.0.0/0' }, { dst: '::/0' }],
-      dns: { nameservers: ['10.87.0.53'], search: ['cluster.test'] },
+      dns: { nameservers: ['10.88.255.53'], search: ['cluster.test'] },
     };
   }
 

@@ -50,13 +50,17 @@ export class HAProxy {
     await writeFile(node.path('/run/haproxy.cfg'), configuration);
     const haproxy = node.launch(['haproxy', '-db', '-f', '/run/haproxy.cfg'], pod.netns);
     const listeners = 2 * Object.keys(ports).length;
-    await until('HAProxy listens', async () => {
-      if (!haproxy.alive) throw new Error(`HAProxy ended: ${haproxy.output}`);
-      const listening = await node.run(['ss', '--no-header', '--listening', '--tcp', '--numeric'], {
-        netns: pod.netns,
-      });
-      return listening.split('\n').filter((line) => line !== '').length === listeners;
-    });
+    await until(
+      'HAProxy listens',
+      async () => {
+        if (!haproxy.alive) throw new Error(`HAProxy ended: ${haproxy.output}`);
+        const listening = await node.run(['ss', '--no-header', '--listening', '--tcp', '--numeric'], {
+          netns: pod.netns,
+        });
+        return listening.split('\n').filter((line) => line !== '').length === listeners;
+      },
+      20_000,
+    );
     return new HAProxy(haproxy);
   }
 
@@ -74,7 +78,7 @@ export class HAProxy {
   /** What was seen of the request for `uri`, waiting for the log line, which HAProxy writes when the request has ended. */
   async sightingsOf(uri: string): Promise<Seen[]> {
     const sightings = () => this.seen.filter((request) => request.uri === uri);
-    await until(`HAProxy logs ${uri}`, () => sightings().length > 0);
+    await until(`HAProxy logs ${uri}`, () => sightings().length > 0, 10_000);
     return sightings();
   }
 

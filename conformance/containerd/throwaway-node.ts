@@ -11,6 +11,8 @@ import { busyboxArchive, busyboxImage } from './images.ts';
 
 const init = fileURLToPath(new URL('./node-init.sh', import.meta.url));
 const debianPlugins = '/usr/lib/cni';
+/** Milliseconds that a step takes at most on a machine that is busy with other tests. */
+const patience = 20_000;
 const criSocket = '/run/containerd/containerd.sock';
 
 // restrict_oom_score_adj: runc cannot lower oom_score_adj where CAP_SYS_RESOURCE is missing.
@@ -72,7 +74,7 @@ export class ThrowawayNode {
     const namespaces = ['--mount', '--net', '--pid', '--ipc', '--uts', '--fork', '--kill-child'];
     const directory = testbed.directory(label);
     const first = testbed.start(['unshare', ...namespaces, '--', 'bash', init, directory, name]);
-    await until(`throwaway node ${name} is laid out`, () => /^\d+\n/.test(first.output) || !first.alive);
+    await until(`throwaway node ${name} is laid out`, () => /^\d+\n/.test(first.output) || !first.alive, patience);
     const pid = Number.parseInt(first.output, 10);
     if (Number.isNaN(pid)) throw new Error(`throwaway node ${name}: ${first.output.trim() || 'its process 1 ended'}`);
     const node = new ThrowawayNode(name, pid);
@@ -156,10 +158,14 @@ export class ThrowawayNode {
     const containerd = this.launch(['sh', '-c', recordPid]);
     this.#containerd = containerd;
     const waitFor = async (what: string, condition: () => boolean | Promise<boolean>) =>
-      await until(`${this.name}: ${what}`, async () => {
-        if (!containerd.alive) throw new Error(`${this.name}: containerd ended: ${containerd.output}`);
-        return await condition();
-      });
+      await until(
+        `${this.name}: ${what}`,
+        async () => {
+          if (!containerd.alive) throw new Error(`${this.name}: containerd ended: ${containerd.output}`);
+          return await condition();
+        },
+        patience,
+      );
     await waitFor(`${criSocket} exists`, () => existsSync(this.path(criSocket)));
     this.#cri = new CRI(this.path(criSocket));
     let wanting = '';

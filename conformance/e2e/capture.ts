@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tcpdump on one interface: what really crossed it.
+// tcpdump on one interface: what really reached it.
 
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
@@ -29,11 +29,26 @@ export class Capture {
     this.#process = process;
   }
 
-  /** Returns when the capture has begun. `label` must be new in this testbed. */
+  /** Captures what comes in; returns when that has begun. `label` must be new in this testbed. */
   static async start(testbed: Testbed, namespace: Namespace, ifname: string, label: string): Promise<Capture> {
     const file = join(testbed.directory(`capture.${label}`), 'packets');
     const process = testbed.start(
-      namespace.argv(['tcpdump', '-nn', '-U', '--immediate-mode', '-s', '160', '-Z', 'root', '-i', ifname, '-w', file]),
+      namespace.argv([
+        'tcpdump',
+        '-nn',
+        '-U',
+        '--immediate-mode',
+        '-s',
+        '160',
+        '-Z',
+        'root',
+        '-Q',
+        'in',
+        '-i',
+        ifname,
+        '-w',
+        file,
+      ]),
     );
     await until(`tcpdump on ${ifname}`, () => {
       if (!process.alive) throw new Error(`tcpdump on ${ifname} ended: ${process.output}`);

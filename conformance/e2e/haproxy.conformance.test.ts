@@ -21,6 +21,7 @@ import {
   type Family,
   families,
   gateway,
+  outsideGateway,
   outsiderAddress,
   type Pod,
   requireExecutable,
@@ -56,7 +57,7 @@ interface Path {
   listeners: Listener[];
   /** What the server sees as the client's address, if not the client's own. */
   seen?: Addresses;
-  /** Every counter that moves, but for pass_not_tcp (neighbour discovery). "client", "server": their interfaces. */
+  /** Every counter that moves, but for neighbour discovery's. "client", "server": their interfaces. */
   counted: { client?: string[]; server?: string[]; proxy?: string[] };
 }
 
@@ -345,6 +346,8 @@ for (const options of topologies) {
           port: 8000,
           server: 'server',
           listeners: [],
+          // Chosen before the destination was rewritten.
+          seen: outsideGateway,
           counted: { server: ['pod_egress pass_direct', 'pod_ingress pass_host_socket'] },
         },
         {
@@ -408,7 +411,7 @@ for (const options of topologies) {
           [proxy, path.counted.proxy],
         ] as const) {
           const increase = moved(before, pod);
-          const keys = Object.keys(increase).filter((key) => !key.endsWith('pass_not_tcp'));
+          const keys = Object.keys(increase).filter((key) => !/ pass_(not_tcp|other_host)$/.test(key));
           expect(keys, `counters of ${pod.label}`).toEqual([...words].sort());
           for (const word of ['pod_egress redirected_outbound', 'pod_ingress redirected_inbound']) {
             if (words.includes(word)) expect(increase[word], `${word} of ${pod.label}`).toBe(1);
@@ -470,12 +473,15 @@ for (const options of topologies) {
         const shown: unknown = JSON.parse(
           topology.node.ip('-j', '-6', 'address', 'show', 'dev', device, 'scope', 'link'),
         );
-        const address = (shown as { addr_info: { local: string }[] }[])[0]?.addr_info[0]?.local ?? '';
+        // iproute2 prints an empty object for every address of another scope.
+        const shownAddresses = (shown as { addr_info: { local?: string }[] }[])[0]?.addr_info ?? [];
+        const address = shownAddresses.find((one) => one.local !== undefined)?.local;
+        if (address === undefined) throw new Error(`${device} has no link-local address`);
         const before = counters(topology.stateDir);
         const connection = await connect('client', address, PORT, { scope: 'eth0' });
         await exchanged(connection, 'client');
         expect(isDirect(connection)).toBe(true);
-        expect(moved(before, client)['pod_egress pass_link_local']).toBeGreaterThan(0);
+        expect(moved(before, client)).toMatchObject({ 'pod_egress pass_link_local': expect.any(Number) });
       });
 
       test.each(families)('IPv%i: a source port is used again while the proxy remembers it', async (family) => {
@@ -504,7 +510,7 @@ for (const options of topologies) {
               'pod_egress redirected_outbound': 500,
               'pod_egress to_proxy_cookie': 500,
             });
-            const dropped = Object.keys(moved(before, client)).filter((key) => key.includes(' drop_'));
+            const dropped = Object.entries(moved(before, client)).filter(([key]) => key.startsWith('pod_egress drop_'));
             expect(dropped).toEqual([]);
           }
           const inbound = await topology.outsider.many(addressOf('server', 4), PORT, 100, 20_000);
@@ -593,7 +599,8 @@ for (const options of topologies) {
           const address = family === 4 ? '10.77.0.7' : 'fd77::7';
           await plain.endpoint.frame('eth0', fromPlain(family, server.mac, { to: address }));
           await untilMoved(before, server, 'pod_ingress redirected_inbound');
-          neverSeen(sourcePort);
+          // The proxy has answered; the sender's stack, which knows of no connection, has reset it.
+          expect(leaked([sourcePort]).filter((one) => one.flags !== 'R')).toEqual([]);
         });
 
         test.each(families)('IPv%i: nobody else can sign a frame for the proxy', async (family) => {
@@ -710,19 +717,24 @@ for (const options of topologies) {
 
     describe('leaving', () => {
       test("the command line's counters are the kernel's", async () => {
-        const kernel = counters(topology.stateDir);
+        const before = counters(topology.stateDir);
         const shown = await command('counters', '-o', 'json');
+        const after = counters(topology.stateDir);
         expect(shown, shown.stderr).toMatchObject({ status: 0 });
         const lines = JSON.parse(shown.stdout) as (Count & { pod: string })[];
         const owners = new Map([client, server, open, proxy].map((pod) => [pod.hostIfindex, pod.label]));
         for (const line of lines) {
           if (owners.has(line.ifindex)) expect(line.pod).toBe(owners.get(line.ifindex));
-          const same = kernel.find(
-            (one) => one.ifindex === line.ifindex && one.program === line.program && one.reason === line.reason,
+          const [low, high] = [before, after].map(
+            (counts) =>
+              counts.find(
+                (one) => one.ifindex === line.ifindex && one.program === line.program && one.reason === line.reason,
+              )?.packets ?? 0,
           );
-          // Neighbour discovery goes on between the two readings.
-          if (line.reason !== 'pass_not_tcp') expect(same).toMatchObject({ packets: line.packets });
+          expect(line.packets).toBeGreaterThanOrEqual(low ?? 0);
+          expect(line.packets).toBeLessThanOrEqual(high ?? 0);
         }
+        expect(lines).toHaveLength(after.length);
         expect(lines.length).toBeGreaterThan(20);
       });
 

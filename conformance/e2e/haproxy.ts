@@ -2,7 +2,7 @@
 //
 // HAProxy as the node's transparent proxy: it keeps the original destination and the client's address on both sides.
 
-import { writeFileSync } from 'node:fs';
+import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { must, type Namespace, type Running, type Testbed, until } from '../netns.ts';
 
@@ -69,21 +69,25 @@ export class HAProxy {
   readonly namespace: Namespace;
   readonly #testbed: Testbed;
   readonly #directory: string;
+  readonly #log: string;
   #process: Running | undefined;
-  #log = '';
 
   /** `label` must be new in this testbed. */
   constructor(testbed: Testbed, namespace: Namespace, label: string) {
     this.#testbed = testbed;
     this.namespace = namespace;
     this.#directory = testbed.directory(`haproxy.${label}`);
+    this.#log = join(this.#directory, 'log');
+    writeFileSync(this.#log, '');
   }
 
   /** Starts it and waits until its last listener is there. */
   async start(): Promise<void> {
     const file = join(this.#directory, 'haproxy.cfg');
     writeFileSync(file, configuration);
-    const running = this.#testbed.start(this.namespace.argv(['haproxy', '-db', '-f', file]));
+    // Into a file: what a full pipe does not take, HAProxy drops.
+    const command = ['sh', '-c', 'exec haproxy -db -f "$1" >>"$2"', 'sh', file, this.#log];
+    const running = this.#testbed.start(this.namespace.argv(command));
     this.#process = running;
     await until(`haproxy listens in ${this.namespace.name}`, () => {
       if (!running.alive) throw new Error(`haproxy ended: ${running.output}`);
@@ -94,7 +98,6 @@ export class HAProxy {
 
   async kill(): Promise<void> {
     await this.#process?.stop('SIGKILL');
-    this.#log += this.#process?.output ?? '';
     this.#process = undefined;
   }
 

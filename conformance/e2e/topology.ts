@@ -23,7 +23,7 @@ export const families = [4, 6] as const;
 export const gateway: Addresses = { 4: '10.88.0.1', 6: 'fd88::1' };
 const podSubnets: Addresses = { 4: '10.88.0.0/24', 6: 'fd88::/64' };
 export const outsiderAddress: Addresses = { 4: '10.99.0.2', 6: 'fd99::2' };
-const outsideGateway: Addresses = { 4: '10.99.0.1', 6: 'fd99::1' };
+export const outsideGateway: Addresses = { 4: '10.99.0.1', 6: 'fd99::1' };
 export const clusterAddress: Addresses = { 4: '10.96.0.10', 6: 'fd96::10' };
 export const BRIDGE = 'cni0';
 
@@ -120,6 +120,9 @@ export class Topology {
           gateways: [outsideGateway[4], outsideGateway[6]],
         },
       );
+      for (const family of families) {
+        this.node.ip(`-${family}`, 'route', 'add', 'default', 'via', outsiderAddress[family]);
+      }
       this.host = new Endpoint(this.testbed, this.node, 'host');
       this.outsider = new Endpoint(this.testbed, this.outside, 'outsider');
     } catch (error) {
@@ -175,7 +178,9 @@ export class Topology {
       routes: [{ dst: '0.0.0.0/0' }, { dst: '::/0' }],
     };
     const { primary } = this.options;
-    const own = primary === 'bridge' ? { bridge: BRIDGE, isGateway: true } : { ipMasq: false };
+    // hairpinMode: bridge netfilter rewrites and bridges at once, so a pod's call of its own service leaves by the port
+    // that it came by. Kubernetes sets it for the same reason.
+    const own = primary === 'bridge' ? { bridge: BRIDGE, isGateway: true, hairpinMode: true } : { ipMasq: false };
     return { cniVersion, name: network, type: primary, ...own, ipam };
   }
 

@@ -188,6 +188,7 @@ function state(native: Native, directories: Directories): Finding[] {
 /** Others' programs and filters on the host-side interfaces that ours are on. */
 function foreignPrograms(native: Native, found: Survey): Finding[] {
   const findings: Finding[] = [];
+  const hasTcx = native.features().tcx === true;
   for (const { record, present } of found.attachments) {
     if (!present || record.hooks.length === 0) continue;
     const own = new Set(record.hooks.map(({ programId }) => programId));
@@ -198,7 +199,7 @@ function foreignPrograms(native: Native, found: Survey): Finding[] {
         text: `${what} is there too; ours lets on whatever it does not redirect or drop`,
       });
     for (const direction of ['ingress', 'egress'] as const) {
-      if (native.features().tcx) {
+      if (hasTcx) {
         for (const { programId } of native.queryTcx(HOST, record.hostIfindex, direction)) {
           if (!own.has(programId)) note(direction, `TCX program ${programId} (${nameOf(native, programId)})`);
         }

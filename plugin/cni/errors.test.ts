@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
 import { expect, test } from 'vitest';
 import { CniError, Code, errorDocument, registry } from './errors.ts';
 
@@ -16,4 +18,10 @@ test('codes and names are unique, and the codes are those of SPEC and ours', () 
 test('an error document is one line, whatever the text', () => {
   const document = errorDocument(new CniError(Code.ATTACH_FAILED, 'a\n"b"', '\ud800'), '1.0.0');
   expect(document).toBe('{"cniVersion":"1.0.0","code":102,"msg":"a\\n\\"b\\"","details":"\\ud800"}\n');
+});
+
+test("the README's table is the registry", () => {
+  const readme = readFileSync(join(import.meta.dirname, '../../README.md'), 'utf8');
+  const rows = readme.match(/^\| [0-9]+ \| `[A-Z_]+` \|.*$/gm);
+  expect(rows).toEqual(registry.map(({ code, name, meaning }) => `| ${code} | \`${name}\` | ${meaning} |`));
 });

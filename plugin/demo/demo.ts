@@ -10,13 +10,13 @@ import { formatTable } from '../cli/table.ts';
 import type { Terminal } from '../cli/terminal.ts';
 import type { Counter } from '../native.ts';
 import type { DemoNative } from './native-topology.ts';
-import { type ListenerName, type SeenConnection, TransparentProxy } from './proxy.ts';
+import { TransparentProxy } from './proxy.ts';
+import { DIRECT, HTTP_PORT, judge, PORTS, REDIRECTED, REQUESTS, type Scenario, tellingCount } from './scenarios.ts';
 import {
   type Family,
   hostInterface,
   listDemos,
   livingOwner,
-  type Place,
   type PlaceName,
   PODS,
   type PodName,
@@ -33,83 +33,9 @@ export interface DemoOptions {
   keep: boolean;
 }
 
-const HTTP_PORT = 8080;
-const PORTS = { outbound: 15001, inboundPlaintext: 15006, inboundHBONE: 15008 };
 const CNI_VERSION = '1.1.0';
 const NETWORK = 'demo';
 const NAMESPACES: Readonly<Record<PodName, string>> = { client: 'demo', server: 'demo', proxy: 'demo-mesh' };
-const REQUESTS = 5;
-
-/** One line of the table: what is sent, and what has to be seen of it at both ends, in the proxy and in the kernel. */
-interface Scenario {
-  direction: string;
-  from: PlaceName;
-  to: PlaceName;
-  twoLegs: boolean;
-  /** connections accepted by the proxy per request */
-  listeners: readonly ListenerName[];
-  /** at least one packet per request is counted so; the first one is printed */
-  counted: readonly { program: Counter['program']; reason: string }[];
-}
-
-const REDIRECTED: readonly Scenario[] = [
-  {
-    direction: 'pod to pod',
-    from: 'client',
-    to: 'server',
-    twoLegs: false,
-    listeners: ['outbound'],
-    counted: [
-      { program: 'pod_egress', reason: 'redirected_outbound' },
-      { program: 'proxy_egress', reason: 'from_proxy_local' },
-    ],
-  },
-  {
-    direction: 'pod to pod, two legs',
-    from: 'client',
-    to: 'server',
-    twoLegs: true,
-    listeners: ['outbound', 'inboundHBONE'],
-    counted: [
-      { program: 'proxy_egress', reason: 'from_proxy_second_leg' },
-      { program: 'pod_egress', reason: 'redirected_outbound' },
-    ],
-  },
-  {
-    direction: 'pod to outside',
-    from: 'client',
-    to: 'outside',
-    twoLegs: false,
-    listeners: ['outbound'],
-    counted: [
-      { program: 'pod_egress', reason: 'redirected_outbound' },
-      { program: 'proxy_egress', reason: 'from_proxy_reinjected' },
-    ],
-  },
-  {
-    direction: 'outside to pod',
-    from: 'outside',
-    to: 'server',
-    twoLegs: false,
-    listeners: ['inboundPlaintext'],
-    counted: [{ program: 'pod_ingress', reason: 'redirected_inbound' }],
-  },
-  {
-    direction: 'host probe to pod',
-    from: 'node',
-    to: 'server',
-    twoLegs: false,
-    listeners: [],
-    counted: [{ program: 'pod_ingress', reason: 'pass_host_socket' }],
-  },
-];
-
-/** The same once DEL has run: no proxy, no program, no count. */
-const DIRECT: readonly Scenario[] = REDIRECTED.filter(({ twoLegs }) => !twoLegs).map((scenario) => ({
-  ...scenario,
-  listeners: [],
-  counted: [],
-}));
 
 interface Row {
   scenario: Scenario;
@@ -326,13 +252,14 @@ class Run {
 
     this.#assertOpen();
     const counted = difference(before, this.#counters());
-    const source = expectedSource(scenario, from, family);
-    const wrong = [
-      ...failures,
-      ...wrongSources(echo.sources, source),
-      ...wrongConnections(proxy.seen, scenario, from.address[family], to.address[family]),
-      ...wrongCounts(counted, scenario),
-    ];
+    const wrong = judge(scenario, {
+      from: from.address[family],
+      to: to.address[family],
+      failures,
+      sources: echo.sources,
+      seen: proxy.seen,
+      counted,
+    });
     return {
       scenario,
       family,
@@ -340,7 +267,7 @@ class Run {
       seen: proxy.seen.length,
       sources: [...new Set(echo.sources)],
       packets: counted.reduce((sum, { packets }) => sum + packets, 0n),
-      counted: telling(counted, scenario),
+      counted: tellingCount(counted, scenario),
       wrong,
     };
   }
@@ -379,6 +306,7 @@ class Run {
       ...PODS.map((pod) => ({ place: node, ifname: hostInterface(pod) })),
       { place: proxy, ifname: 'eth0' },
     ];
+    const hasTcx = this.#native.features().tcx === true;
     for (const { place, ifname } of hooks) {
       const link = this.#native.linkByName(place.netns, ifname);
       if (link === null) {
@@ -387,8 +315,9 @@ class Run {
       }
       for (const direction of ['ingress', 'egress'] as const) {
         const where = `${direction} of ${ifname} in ${place.name}`;
-        if (tcxPrograms(this.#native, place.netns, link.ifindex, direction) > 0)
+        if (hasTcx && this.#native.queryTcx(place.netns, link.ifindex, direction).length > 0) {
           found.push(`a TCX program on ${where}`);
+        }
         if (this.#native.filters(place.netns, link.ifindex, direction).length > 0) found.push(`a filter on ${where}`);
       }
     }
@@ -473,7 +402,7 @@ async function serveDetached(name: string, families: readonly Family[]): Promise
 function lookInside(name: string, families: readonly Family[]): string {
   const { base, stateDir, runDir } = pathsOf(name);
   const server = families.includes(4) ? '192.0.2.3' : '[2001:db8:1::3]';
-  const executable = isSea() ? process.execPath : 'ambient-redirect';
+  const executable = self().join(' ');
   return [
     '',
     `Kept: ${base}/{node,client,server,outside,proxy} are network namespaces; servers and proxy go on running.`,
@@ -484,63 +413,6 @@ function lookInside(name: string, families: readonly Family[]): string {
     `  ${executable} demo --remove ${name}`,
     '',
   ].join('\n');
-}
-
-function expectedSource(scenario: Scenario, from: Place, family: Family): string {
-  if (scenario.from !== 'node' || scenario.to !== 'outside') return from.address[family];
-  throw new Error('the node has another address towards outside');
-}
-
-function wrongSources(sources: readonly string[], expected: string): string[] {
-  const others = [...new Set(sources.filter((source) => source !== expected))];
-  if (others.length > 0) return [`the server saw source ${others.join(', ')}, not ${expected}`];
-  return sources.length === REQUESTS ? [] : [`the server saw ${sources.length} requests, not ${REQUESTS}`];
-}
-
-function wrongConnections(seen: readonly SeenConnection[], scenario: Scenario, from: string, to: string): string[] {
-  const wrong: string[] = [];
-  for (const listener of ['outbound', 'inboundPlaintext', 'inboundHBONE'] as const) {
-    const here = seen.filter((connection) => connection.listener === listener);
-    const expected = scenario.listeners.includes(listener) ? REQUESTS : 0;
-    if (here.length !== expected) {
-      wrong.push(`the proxy's port ${PORTS[listener]} saw ${here.length} connections, not ${expected}`);
-    }
-    const port = listener === 'inboundHBONE' ? PORTS.inboundHBONE : HTTP_PORT;
-    for (const { source, destination, port: found } of here) {
-      if (source === from && destination === to && found === port) continue;
-      wrong.push(`the proxy saw ${source} -> ${destination} port ${found}, not ${from} -> ${to} port ${port}`);
-    }
-  }
-  return wrong;
-}
-
-function wrongCounts(counted: readonly Counter[], scenario: Scenario): string[] {
-  const wrong: string[] = [];
-  for (const { program, reason } of scenario.counted) {
-    const packets = sum(counted, program, reason);
-    if (packets < REQUESTS)
-      wrong.push(`the kernel counted ${packets} packets as ${program} ${reason}, not ${REQUESTS}`);
-  }
-  const expected = new Set(scenario.counted.map(({ reason }) => reason));
-  for (const { program, reason, packets } of counted) {
-    const decision =
-      reason.startsWith('redirected_') || reason === 'from_proxy_second_leg' || reason.startsWith('drop_');
-    if ((decision && !expected.has(reason)) || scenario.counted.length === 0) {
-      wrong.push(`the kernel counted ${packets} packets as ${program} ${reason}, not 0`);
-    }
-  }
-  return wrong;
-}
-
-function telling(counted: readonly Counter[], scenario: Scenario): string {
-  const first = scenario.counted[0];
-  return first === undefined ? '' : `${first.reason} ${sum(counted, first.program, first.reason)}`;
-}
-
-function sum(counted: readonly Counter[], program: Counter['program'], reason: string): bigint {
-  return counted
-    .filter((counter) => counter.program === program && counter.reason === reason)
-    .reduce((packets, counter) => packets + counter.packets, 0n);
 }
 
 /** What was counted between two readings. A counter that was forgotten in between and begun again counts whole. */
@@ -554,11 +426,6 @@ function difference(before: readonly Counter[], after: readonly Counter[]): Coun
       return { ...counter, packets: counter.packets - previous.packets, bytes: counter.bytes - previous.bytes };
     })
     .filter(({ packets }) => packets > 0n);
-}
-
-/** 0 where the kernel has no TCX. */
-function tcxPrograms(native: DemoNative, netns: number, ifindex: number, direction: 'ingress' | 'egress'): number {
-  return native.features().tcx ? native.queryTcx(netns, ifindex, direction).length : 0;
 }
 
 function report(rows: readonly Row[], terminal: Terminal): string {

@@ -58,6 +58,16 @@ test('the example conflist is an entry of ours after a primary and portmap, and 
   expect(parseConfig(example.plugins[2])).toEqual(DEFAULTS);
 });
 
+test("the README's table has every key", () => {
+  const readme = readFileSync(join(import.meta.dirname, '../../README.md'), 'utf8');
+  const section = readme.slice(readme.indexOf('## The conflist entry'), readme.indexOf('## Command line'));
+  const rows = [...section.matchAll(/^\| `([a-zA-Z.]+)` \|/gm)].map(([, key]) => key);
+  const { proxy, ...others } = DEFAULTS;
+  expect(rows.toSorted()).toEqual(
+    [...Object.keys(proxy).map((key) => `proxy.${key}`), ...Object.keys(others)].toSorted(),
+  );
+});
+
 test('keys of CNI are never refused', () => {
   const cni = { name: 1, type: 1, cniVersion: 1, prevResult: 1, runtimeConfig: 1, args: 1, capabilities: 1, ipam: 1 };
   expect(parseConfig({ ...cni, dns: 1, ipMasq: 1, 'cni.dev/attachments': 1, 'cni.dev/what-comes': 1 })).toEqual(
