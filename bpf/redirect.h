@@ -288,6 +288,7 @@ struct hook_record {
 };
 #define HOOK_TCX 1
 #define HOOK_CLSACT 2
+#define HOOK_NETNS 3 /* a link to a network namespace; ifindex and egress are 0 */
 
 #define ATTACHMENT_ATTACHING 1
 #define ATTACHMENT_ATTACHED 2

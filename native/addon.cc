@@ -298,6 +298,17 @@ AddressKey to_address(Napi::Value value) {
   return address;
 }
 
+ExclusionRule to_exclusion(Napi::Value value, const std::string &path) {
+  Fields fields(value, path);
+  ExclusionRule rule = {};
+  rule.key.kind = static_cast<uint8_t>(fields.word("kind", EXCLUSION_KINDS));
+  const bool address = rule.key.kind == EXCLUDE_OUTBOUND_ADDRESS;
+  rule.key.prefix_length = 32 + static_cast<uint32_t>(fields.integer("length", 0, address ? 128 : 16));
+  fields.bytes("value", rule.key.value, sizeof(rule.key.value));
+  if (fields.boolean("excluded")) rule.reason = address ? REASON_PASS_EXCLUDED_CIDR : REASON_PASS_EXCLUDED_PORT;
+  return rule;
+}
+
 // An array of {key, record} of every entry that is there when it is read.
 template <typename Record>
 Napi::Value list(const Info &info, State &state, Map map, const char *key_name,
@@ -466,6 +477,43 @@ Napi::Value listDirectFlows(const Info &info) {
                   [&](const std::string &key) { return number_key(info.Env(), key); });
 }
 
+Napi::Value putExclusions(const Info &info) {
+  State &state = to_state(info);
+  uint32_t ifindex = to_ifindex(info[1], "ifindex");
+  std::vector<ExclusionRule> rules;
+  for (const Napi::Value &value : to_array(info[2], "rules", MAX_EXCLUSIONS)) {
+    rules.push_back(to_exclusion(value, "rules[" + std::to_string(rules.size()) + "]"));
+  }
+  put_exclusions(state, ifindex, rules);
+  return info.Env().Undefined();
+}
+
+Napi::Value deleteExclusions(const Info &info) {
+  State &state = to_state(info);
+  uint32_t ifindex = to_ifindex(info[1], "ifindex");
+  return boolean(info, erase(state.fd(EXCLUSIONS), &ifindex, "exclusions"));
+}
+
+Napi::Value getExclusions(const Info &info) {
+  State &state = to_state(info);
+  uint32_t ifindex = to_ifindex(info[1], "ifindex");
+  return array_of(info.Env(), exclusions(state, ifindex), [&](const ExclusionRule &rule) {
+    Napi::Object object = Napi::Object::New(info.Env());
+    const char *kind = word_of(EXCLUSION_KINDS, rule.key.kind);
+    if (!kind) throw KernelError(EPROTO, "bpf(BPF_MAP_GET_NEXT_KEY)", "map exclusion_rules has an unknown kind");
+    object.Set("kind", kind);
+    object.Set("length", rule.key.prefix_length - 32);
+    object.Set("value", bytes_object(info.Env(), rule.key.value, sizeof(rule.key.value)));
+    object.Set("excluded", boolean(info, rule.reason != 0));
+    return object;
+  });
+}
+
+Napi::Value listExclusions(const Info &info) {
+  return array_of(info.Env(), keys(to_state(info), EXCLUSIONS),
+                  [&](const std::string &key) { return number_key(info.Env(), key); });
+}
+
 Napi::Value counters(const Info &info) {
   return array_of(info.Env(), ambient::counters(to_state(info)), [&](const CounterSum &sum) {
     Napi::Object object = Napi::Object::New(info.Env());
@@ -573,6 +621,13 @@ Napi::Value attachTcx(const Info &info) {
   return object;
 }
 
+Napi::Value attachLookup(const Info &info) {
+  int netns = to_fd(info[0], "netns"), program = to_fd(info[1], "programFd");
+  Napi::Object object = Napi::Object::New(info.Env());
+  object.Set("linkId", attach_lookup(netns, program, to_path(info[2], "pinPath")));
+  return object;
+}
+
 Napi::Value queryTcx(const Info &info) {
   int netns = to_netns(info[0], "netns");
   uint32_t ifindex = to_ifindex(info[1], "ifindex");
@@ -590,8 +645,10 @@ Napi::Value linkInfo(const Info &info) {
   Napi::Object object = Napi::Object::New(info.Env());
   object.Set("linkId", link->link_id);
   object.Set("programId", link->program_id);
+  object.Set("kind", link->in_netns ? "netns" : "tcx");
   object.Set("ifindex", link->ifindex);
   object.Set("direction", direction_text(link->direction));
+  object.Set("netnsIno", bigint(info, link->netns_ino));
   return object;
 }
 
@@ -827,6 +884,10 @@ const Export FUNCTIONS[] = {
     EXPORT(putDirectFlows),
     EXPORT(deleteDirectFlows),
     EXPORT(listDirectFlows),
+    EXPORT(putExclusions),
+    EXPORT(deleteExclusions),
+    EXPORT(getExclusions),
+    EXPORT(listExclusions),
     EXPORT(counters),
     EXPORT(deleteCounters),
     EXPORT(mapUsage),
@@ -836,6 +897,7 @@ const Export FUNCTIONS[] = {
     EXPORT(programById),
     EXPORT(testRun),
     EXPORT(attachTcx),
+    EXPORT(attachLookup),
     EXPORT(queryTcx),
     EXPORT(linkInfo),
     EXPORT(updateLink),

@@ -7,8 +7,9 @@
 
 namespace ambient {
 
+// proxy_ingress last: its pin tells that all are there, also where the kernel has no socket lookup programs.
 const Name PROGRAMS[] = {{"pod_egress", POD_EGRESS},     {"pod_ingress", POD_INGRESS},     {"proxy_egress", PROXY_EGRESS},
-                         {"proxy_guard", PROXY_GUARD},   {"proxy_ingress", PROXY_INGRESS}, {nullptr, 0}};
+                         {"proxy_guard", PROXY_GUARD},   {"proxy_lookup", PROXY_LOOKUP},   {"proxy_ingress", PROXY_INGRESS}, {nullptr, 0}};
 
 const Name REASONS[] = {
     {"redirected_outbound", REASON_REDIRECTED_OUTBOUND},
@@ -38,6 +39,7 @@ const Name REASONS[] = {
     {"pass_bypass", REASON_PASS_BYPASS},
     {"pass_proxy_own", REASON_PASS_PROXY_OWN},
     {"pass_not_wanted", REASON_PASS_NOT_WANTED},
+    {"pass_fragment", REASON_PASS_FRAGMENT},
     {"drop_no_listener", REASON_DROP_NO_LISTENER},
     {"drop_spoofed_source", REASON_DROP_SPOOFED_SOURCE},
     {"drop_not_our_address", REASON_DROP_NOT_OUR_ADDRESS},
@@ -77,11 +79,15 @@ const Name FLAGS[] = {
   { #name, sizeof(struct name) }
 const Name SIZES[] = {
     SIZE(interface), SIZE(endpoint),    SIZE(proxy),   SIZE(proxies),     SIZE(settings),   SIZE(tuple),
-    SIZE(flow),      SIZE(counter_key), SIZE(counter), SIZE(hook_record), SIZE(attachment), {nullptr, 0},
+    SIZE(flow),      SIZE(counter_key), SIZE(counter), SIZE(hook_record), SIZE(attachment), SIZE(exclusion), SIZE(event), {nullptr, 0},
 };
 #undef SIZE
 
-const Name HOOK_KINDS[] = {{"tcx", HOOK_TCX}, {"clsact", HOOK_CLSACT}, {nullptr, 0}};
+const Name HOOK_KINDS[] = {{"tcx", HOOK_TCX}, {"clsact", HOOK_CLSACT}, {"netns", HOOK_NETNS}, {nullptr, 0}};
+const Name EXCLUSION_KINDS[] = {{"inbound_port", EXCLUDE_INBOUND_PORT},
+                           {"outbound_port", EXCLUDE_OUTBOUND_PORT},
+                           {"outbound_address", EXCLUDE_OUTBOUND_ADDRESS},
+                           {nullptr, 0}};
 const Name ATTACHMENT_STATES[] = {{"attaching", ATTACHMENT_ATTACHING},
                                   {"attached", ATTACHMENT_ATTACHED},
                                   {"recorded", ATTACHMENT_RECORDED},

@@ -18,6 +18,7 @@ extern const Name REASONS[];
 extern const Name FLAGS[];  // INTERFACE_* and VARIANT_* under their full names
 extern const Name SIZES[];
 extern const Name HOOK_KINDS[];
+extern const Name EXCLUSION_KINDS[];
 extern const Name ATTACHMENT_STATES[];
 extern const Name ROLES[];
 extern const Name CONTRACTS[];

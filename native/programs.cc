@@ -88,6 +88,10 @@ void load_programs(const State &state, const std::string &dir, const std::string
   constants->use_check_mtu = kernel.check_mtu;
   constants->use_check_syncookie = kernel.tcp_check_syncookie;
   constants->use_sk_assign = kernel.sk_assign && !(settings.variant & VARIANT_NO_SK_ASSIGN);
+  constants->use_sk_lookup = kernel.sk_lookup && !(settings.variant & VARIANT_NO_SK_LOOKUP);
+  constants->use_ringbuf = map_info(state.fd(EVENTS), "events").type == BPF_MAP_TYPE_RINGBUF;
+  constants->full_sockets_only = !kernel.skc_lookup || settings.variant & VARIANT_FULL_SOCKETS_ONLY;
+  if (!constants->use_sk_lookup) bpf_program__set_autoload(skeleton->progs.proxy_lookup, false);
 
   for (int i = 0; i < SETTINGS; i++) {
     Map map = static_cast<Map>(i);
@@ -110,6 +114,7 @@ void load_programs(const State &state, const std::string &dir, const std::string
   for (const Name *name = PROGRAMS; name->word; name++) {
     bpf_program *program = bpf_object__find_program_by_name(skeleton->obj, name->word);
     if (!program) throw KernelError(ENOENT, "bpf_object__find_program_by_name", name->word);
+    if (!bpf_program__autoload(program)) continue;
     // By another name first: who looks meanwhile finds the old pin or the new one.
     std::string path = directory + "/" + name->word, unfinished = path + "_new";
     remove_file(unfinished);

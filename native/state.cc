@@ -36,6 +36,13 @@ const Shape SHAPES[MAP_COUNT] = {
     {"proxies", BPF_MAP_TYPE_HASH, sizeof(uint32_t), sizeof(struct proxies), BPF_F_NO_PREALLOC},
     {"flows", BPF_MAP_TYPE_LRU_HASH, sizeof(struct tuple), sizeof(struct flow), 0},
     {"direct", BPF_MAP_TYPE_HASH_OF_MAPS, sizeof(uint32_t), sizeof(uint32_t), BPF_F_NO_PREALLOC},
+    {"exclusions", BPF_MAP_TYPE_HASH_OF_MAPS, sizeof(uint32_t), sizeof(uint32_t), BPF_F_NO_PREALLOC},
+    {"fragments", BPF_MAP_TYPE_LRU_HASH, sizeof(struct fragment_key), sizeof(struct fragment), 0},
+    {"resolvers", BPF_MAP_TYPE_LRU_HASH, sizeof(struct query), 16, 0},
+    {"listeners", BPF_MAP_TYPE_SOCKHASH, sizeof(struct listener_key), sizeof(uint64_t), 0},
+    {"reused", BPF_MAP_TYPE_LRU_HASH, sizeof(struct tuple), sizeof(struct listener_key), 0},
+    {"trace", BPF_MAP_TYPE_ARRAY, sizeof(uint32_t), sizeof(struct trace), 0},
+    {"events", BPF_MAP_TYPE_RINGBUF, 0, 0, 0},
     {"counters", BPF_MAP_TYPE_PERCPU_HASH, sizeof(struct counter_key), sizeof(struct counter), BPF_F_NO_PREALLOC},
     {"attachments", BPF_MAP_TYPE_HASH, 32, sizeof(struct attachment), BPF_F_NO_PREALLOC},
     {"settings", BPF_MAP_TYPE_ARRAY, sizeof(uint32_t), sizeof(struct settings), 0},
@@ -45,11 +52,21 @@ uint32_t capacity(Map map, const struct settings &settings) {
   switch (map) {
     case INTERFACES:
     case DIRECT:
+    case EXCLUSIONS:
       return settings.max_pods;
     case ENDPOINTS:
       return settings.max_pods * 4;
     case FLOWS:
       return settings.max_flows;
+    case FRAGMENTS:
+    case REUSED:
+      return 4096;
+    case RESOLVERS:
+      return 16384;
+    case LISTENERS:
+      return PROXY_SLOTS * 16;
+    case EVENTS:
+      return 1 << 20;  // bytes
     case COUNTERS:
       return settings.max_pods * 32;
     case ATTACHMENTS:
@@ -73,14 +90,41 @@ Fd make_direct_table(uint32_t entries) {
   return make_map(shape, entries, nullptr, "direct flows of one pod, " + std::to_string(entries) + " entries");
 }
 
+// Of one size for all: kernels below 5.10 compare it with the outer map's template. Without preallocation it is a limit
+// only.
+Fd make_exclusion_trie() {
+  Shape shape = {"exclusion_rules", BPF_MAP_TYPE_LPM_TRIE, sizeof(struct exclusion), sizeof(uint32_t), 0};
+  LIBBPF_OPTS(bpf_map_create_opts, options);
+  options.map_flags = BPF_F_NO_PREALLOC;
+  return make_map(shape, MAX_EXCLUSIONS, &options, "exclusions of one pod");
+}
+
+unsigned possible_cpus();
+
+Fd make_events(const std::string &path) {
+  const Shape &shape = SHAPES[EVENTS];
+  try {
+    return make_map(shape, 1 << 20, nullptr, path);
+  } catch (const KernelError &error) {
+    // No ring buffers below 5.8.
+    if (error.number != EINVAL) throw;
+  }
+  Shape perf = {shape.name, BPF_MAP_TYPE_PERF_EVENT_ARRAY, sizeof(uint32_t), sizeof(uint32_t), 0};
+  return make_map(perf, possible_cpus(), nullptr, path);
+}
+
 Fd make_state_map(Map map, const struct settings &settings, const std::string &path) {
   const Shape &shape = SHAPES[map];
+  if (map == EVENTS) return make_events(path);
   LIBBPF_OPTS(bpf_map_create_opts, options);
   options.map_flags = shape.flags;
   // The outer map keeps the shape of this inner map and not the map.
   Fd inner;
   if (map == DIRECT) {
     inner = make_direct_table(settings.direct_flows);
+    options.inner_map_fd = static_cast<uint32_t>(inner.get());
+  } else if (map == EXCLUSIONS) {
+    inner = make_exclusion_trie();
     options.inner_map_fd = static_cast<uint32_t>(inner.get());
   }
   return make_map(shape, capacity(map, settings), &options, path);
@@ -91,6 +135,7 @@ std::string shape_text(uint32_t type, uint32_t key_size, uint32_t value_size) {
 }
 
 bool fits(const MapInfo &info, const Shape &shape) {
+  if (shape.type == BPF_MAP_TYPE_RINGBUF && info.type == BPF_MAP_TYPE_PERF_EVENT_ARRAY) return true;
   return info.type == shape.type && info.key_size == shape.key_size && info.value_size == shape.value_size;
 }
 
@@ -187,7 +232,7 @@ void create_state(const std::string &dir, const WantedState &wanted) {
         check_shape(info, SHAPES[i], path);
         continue;
       }
-      if (fits(info, SHAPES[i]) && info.max_entries == capacity(map, settings)) continue;
+      if (fits(info, SHAPES[i]) && (map == EVENTS || info.max_entries == capacity(map, settings))) continue;
       // Left by a creation that was interrupted and wanted another size: nobody has opened it.
       remove_file(path);
     }
@@ -270,7 +315,8 @@ std::optional<uint64_t> count_in_batches(int fd, const Shape &shape) {
 }
 
 uint64_t count_entries(const State &state, Map map) {
-  if (map == SETTINGS) return 1;
+  if (map == SETTINGS || map == TRACE) return 1;
+  if (map == EVENTS) return 0;
   if (auto count = count_in_batches(state.fd(map), SHAPES[map])) return *count;
   uint64_t count = 0;
   walk(state, map, [&](const std::string &) { count++; });
@@ -295,6 +341,39 @@ void put_direct_flows(const State &state, uint32_t ifindex, uint32_t entries, bo
   } catch (const KernelError &error) {
     if (replace || error.number != EEXIST) throw;
   }
+}
+
+void put_exclusions(const State &state, uint32_t ifindex, const std::vector<ExclusionRule> &rules) {
+  Fd inner = make_exclusion_trie();
+  for (const ExclusionRule &rule : rules) {
+    try {
+      update(inner.get(), &rule.key, &rule.reason, Update::any, "exclusion_rules");
+    } catch (KernelError &error) {
+      // What a full trie says.
+      if (error.number == ENOSPC) error.number = E2BIG;
+      throw;
+    }
+  }
+  uint32_t value = static_cast<uint32_t>(inner.get());
+  update(state.fd(EXCLUSIONS), &ifindex, &value, Update::any, "exclusions");
+}
+
+std::vector<ExclusionRule> exclusions(const State &state, uint32_t ifindex) {
+  std::vector<ExclusionRule> rules;
+  uint32_t id;
+  if (!lookup(state.fd(EXCLUSIONS), &ifindex, &id, "exclusions")) return rules;
+  Fd inner = map_by_id(id);
+  if (!inner) return rules;
+  // Nobody changes a trie once it is in place.
+  ExclusionRule rule = {};
+  bool more = next_key(inner.get(), nullptr, &rule.key, "exclusion_rules");
+  while (more) {
+    if (lookup(inner.get(), &rule.key, &rule.reason, "exclusion_rules")) rules.push_back(rule);
+    struct exclusion next;
+    more = next_key(inner.get(), &rule.key, &next, "exclusion_rules");
+    rule.key = next;
+  }
+  return rules;
 }
 
 std::vector<CounterSum> counters(const State &state) {
@@ -339,10 +418,10 @@ std::vector<MapUsage> map_usage(const State &state) {
     Map map = static_cast<Map>(i);
     MapInfo info = map_info(state.fd(map), SHAPES[i].name);
     MapUsage entry = {SHAPES[i].name, count_entries(state, map), info.max_entries, memlock(state.fd(map))};
-    if (map == DIRECT) {
-      for (const std::string &key : keys(state, DIRECT)) {
+    if (map == DIRECT || map == EXCLUSIONS) {
+      for (const std::string &key : keys(state, map)) {
         uint32_t id;
-        if (!lookup(state.fd(DIRECT), key.data(), &id, "direct")) continue;
+        if (!lookup(state.fd(map), key.data(), &id, SHAPES[i].name)) continue;
         if (Fd inner = map_by_id(id)) entry.bytes += memlock(inner.get());
       }
     }

@@ -19,7 +19,24 @@
 namespace ambient {
 
 // Indexes of State's maps, in the order of creation.
-enum Map { INTERFACES, ENDPOINTS, PROXIES, FLOWS, DIRECT, COUNTERS, ATTACHMENTS, SETTINGS, MAP_COUNT };
+enum Map {
+  INTERFACES,
+  ENDPOINTS,
+  PROXIES,
+  FLOWS,
+  DIRECT,
+  EXCLUSIONS,
+  FRAGMENTS,
+  RESOLVERS,
+  LISTENERS,
+  REUSED,
+  TRACE,
+  EVENTS,
+  COUNTERS,
+  ATTACHMENTS,
+  SETTINGS,
+  MAP_COUNT
+};
 const char *map_name(Map map);
 
 class State {
@@ -52,6 +69,17 @@ void create_state(const std::string &dir, const WantedState &wanted);
 std::vector<std::string> keys(const State &state, Map map);
 
 void put_direct_flows(const State &state, uint32_t ifindex, uint32_t entries, bool replace);
+
+// One rule: `key` with its reason; 0 where a longer prefix takes an address out of a shorter one.
+struct ExclusionRule {
+  struct exclusion key;
+  uint32_t reason;
+};
+// More than this is E2BIG.
+constexpr uint32_t MAX_EXCLUSIONS = 4096;
+// The interface's rules are replaced whole: a program sees the old ones or these.
+void put_exclusions(const State &state, uint32_t ifindex, const std::vector<ExclusionRule> &rules);
+std::vector<ExclusionRule> exclusions(const State &state, uint32_t ifindex);
 
 struct CounterSum {
   struct counter_key key;

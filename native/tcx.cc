@@ -22,6 +22,7 @@ namespace {
 constexpr uint32_t TCX_INGRESS = 46;
 constexpr uint32_t TCX_EGRESS = 47;
 constexpr uint32_t LINK_TYPE_TCX = 11;
+constexpr uint32_t LINK_TYPE_NETNS = 5;
 constexpr uint32_t BEFORE = 1u << 3;
 constexpr uint32_t AFTER = 1u << 4;
 
@@ -51,13 +52,13 @@ struct Query {
   uint64_t revision;
 };
 
-// struct bpf_link_info with its tcx member
-struct TcxLinkInfo {
+// struct bpf_link_info with its members tcx {ifindex, attach_type} and netns {netns_ino, attach_type}
+struct LinkInfo {
   uint32_t type;
   uint32_t id;
   uint32_t prog_id;
   uint32_t pad;
-  uint32_t ifindex;
+  uint32_t first;
   uint32_t attach_type;
 };
 
@@ -91,14 +92,16 @@ std::string text(int netns, uint32_t ifindex, Direction direction) {
   return std::string(direction_text(direction)) + " of ifindex " + std::to_string(ifindex) + " in " + netns_text(netns);
 }
 
-TcxLinkInfo tcx_link_info(int fd, const std::string &pin_path) {
+LinkInfo any_link_info(int fd, const std::string &pin_path) {
   // The kernel fills as much of its own, larger struct as fits here.
-  TcxLinkInfo info = {};
+  LinkInfo info = {};
   ObjectInfo attributes = {static_cast<uint32_t>(fd), sizeof(info), reinterpret_cast<uint64_t>(&info)};
   if (bpf_call("bpf(BPF_OBJ_GET_INFO_BY_FD)", BPF_OBJ_GET_INFO_BY_FD, attributes) < 0) {
     throw KernelError(errno, "bpf(BPF_OBJ_GET_INFO_BY_FD)", pin_path);
   }
-  if (info.type != LINK_TYPE_TCX) throw KernelError(EINVAL, "bpf(BPF_OBJ_GET_INFO_BY_FD)", pin_path + " is no TCX link");
+  if (info.type != LINK_TYPE_TCX && info.type != LINK_TYPE_NETNS) {
+    throw KernelError(EINVAL, "bpf(BPF_OBJ_GET_INFO_BY_FD)", pin_path + " is a link of another kind");
+  }
   return info;
 }
 
@@ -118,7 +121,19 @@ uint32_t attach_tcx(int netns, uint32_t ifindex, Direction direction, int progra
     if (!link) throw KernelError(errno, "bpf(BPF_LINK_CREATE)", text(netns, ifindex, direction));
   }
   // Until it is pinned the link lives by its descriptor: an exception from here on takes it away again.
-  uint32_t id = tcx_link_info(link.get(), pin_path).id;
+  uint32_t id = any_link_info(link.get(), pin_path).id;
+  pin_object(link.get(), pin_path);
+  return id;
+}
+
+uint32_t attach_lookup(int netns, int program, const std::string &pin_path) {
+  LinkCreate attributes = {};
+  attributes.prog_fd = static_cast<uint32_t>(program);
+  attributes.target_ifindex = static_cast<uint32_t>(netns);  // target_fd of the same union
+  attributes.attach_type = BPF_SK_LOOKUP;
+  Fd link(bpf_call("bpf(BPF_LINK_CREATE)", BPF_LINK_CREATE, attributes));
+  if (!link) throw KernelError(errno, "bpf(BPF_LINK_CREATE)", "socket lookup of " + netns_text(netns));
+  uint32_t id = any_link_info(link.get(), pin_path).id;
   pin_object(link.get(), pin_path);
   return id;
 }
@@ -151,9 +166,12 @@ std::vector<TcxEntry> query_tcx(int netns, uint32_t ifindex, Direction direction
 std::optional<BpfLinkInfo> link_info(const std::string &pin_path) {
   Fd link = get_object(pin_path, true);
   if (!link) return std::nullopt;
-  TcxLinkInfo info = tcx_link_info(link.get(), pin_path);
+  LinkInfo info = any_link_info(link.get(), pin_path);
+  if (info.type == LINK_TYPE_NETNS) {
+    return BpfLinkInfo{info.id, info.prog_id, true, 0, Direction::ingress, info.first};
+  }
   Direction direction = info.attach_type == TCX_INGRESS ? Direction::ingress : Direction::egress;
-  return BpfLinkInfo{info.id, info.prog_id, info.ifindex, direction};
+  return BpfLinkInfo{info.id, info.prog_id, false, info.first, direction, 0};
 }
 
 void update_link(const std::string &pin_path, int program) {

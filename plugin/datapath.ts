@@ -311,6 +311,10 @@ function livingHolder({ native, state, facts }: Attachment, address: Address): s
 
 function attachHook(attachment: Attachment, hook: PlannedHook): void {
   const { native, config, record, facts } = attachment;
+  if (hook.device === 'netns') {
+    attachLookup(attachment, hook);
+    return;
+  }
   const device = hook.device === 'host' ? facts.host.name : `${facts.pod.name} of ${record.netnsPath}`;
   const step = `attach ${hook.program} to ${hook.direction} of ${device} (ifindex ${hook.ifindex})`;
   const pin = programPin(config.stateDir, record.programTag, hook.program);
@@ -322,6 +326,26 @@ function attachHook(attachment: Attachment, hook: PlannedHook): void {
       attachFilter(attachment, hook, program, programId, step);
     }
   } catch (error) {
+    throw stepError(Code.ATTACH_FAILED, step, error);
+  } finally {
+    if (program !== undefined) native.close(program);
+  }
+}
+
+/** Not there where the kernel has no such programs (before 5.9) or a variant goes without: ensurePrograms loaded the rest. */
+function attachLookup(attachment: Attachment, hook: PlannedHook): void {
+  const { native, config, record, netns, target, undo } = attachment;
+  const step = `attach ${hook.program} to ${record.netnsPath}`;
+  let program: number | undefined;
+  try {
+    program = native.openProgram(programPin(config.stateDir, record.programTag, hook.program));
+    const pin = linkPin(config.stateDir, target.key, hook.program);
+    noteHook(attachment, { ...hookRecord(hook, native.programInfo(program).id), kind: 'netns' });
+    makeLinkDirectory(attachment);
+    native.attachLookup(netns, program, pin);
+    undo.push(() => native.detachLink(pin));
+  } catch (error) {
+    if (program === undefined && hasCode(error, 'ENOENT')) return;
     throw stepError(Code.ATTACH_FAILED, step, error);
   } finally {
     if (program !== undefined) native.close(program);
@@ -485,7 +509,7 @@ export function detachRecord(
   // Nothing is sent to a proxy that is about to lose its program.
   if (record.role === 'proxy') removeProxy(native, state, dirs.runDir, key);
   for (const hook of record.hooks) {
-    if (hook.kind === 'tcx') native.detachLink(linkPin(dirs.stateDir, key, hook.program));
+    if (hook.kind !== 'clsact') native.detachLink(linkPin(dirs.stateDir, key, hook.program));
     else if (!hook.inNetns && isSameHostLink(native, record)) removeFilter(native, HOST, hook);
   }
   if (record.role === 'proxy') inOwnNetns(native, record, (netns) => leaveProxyNetns(native, state, netns, record));
@@ -524,6 +548,7 @@ function removeEntries(native: Native, state: State, record: AttachmentRecord): 
   if (entry !== null && entry.podMac !== record.podMac) return;
   native.deleteInterface(state, record.hostIfindex);
   native.deleteDirectFlows(state, record.hostIfindex);
+  native.deleteExclusions(state, record.hostIfindex);
   native.deleteCounters(state, record.hostIfindex);
 }
 
@@ -630,9 +655,20 @@ function verifyHook(
   hook: HookRecord,
   findings: Finding[],
 ): void {
-  const object = `${hook.program} on ${hook.direction} of ${hook.inNetns ? record.ifname : record.hostIfname} (ifindex ${hook.ifindex})`;
+  const place =
+    hook.kind === 'netns'
+      ? `socket lookup in ${record.netnsPath}`
+      : `${hook.direction} of ${hook.inNetns ? record.ifname : record.hostIfname} (ifindex ${hook.ifindex})`;
+  const object = `${hook.program} on ${place}`;
   const expected = `program ${hook.programId} by ${hook.kind}`;
   const missing = (found: string) => findings.push({ code: Code.PROGRAM_MISSING, object, expected, found });
+  if (hook.kind === 'netns') {
+    const link = native.linkInfo(linkPin(dirs.stateDir, key, hook.program));
+    if (link === null) missing('no pinned link');
+    else if (link.netnsIno !== record.netns.ino) missing('a link whose namespace is gone');
+    else if (link.programId !== hook.programId) missing(`program ${link.programId}`);
+    return;
+  }
   if (hook.kind === 'tcx') {
     const link = native.linkInfo(linkPin(dirs.stateDir, key, hook.program));
     if (link === null) missing('no pinned link');
@@ -778,7 +814,7 @@ function hookRecord(hook: PlannedHook, programId: number): Omit<HookRecord, 'kin
     program: hook.program,
     ifindex: hook.ifindex,
     direction: hook.direction,
-    inNetns: hook.device === 'pod',
+    inNetns: hook.device !== 'host',
     programId,
     handle: 0,
     priority: 0,

@@ -14,7 +14,13 @@ export type AttachmentKey = Uint8Array;
 /** "02:00:5e:10:00:01" */
 export type Mac = string;
 export type Direction = 'ingress' | 'egress';
-export type ProgramName = 'pod_egress' | 'pod_ingress' | 'proxy_egress' | 'proxy_guard' | 'proxy_ingress';
+export type ProgramName =
+  | 'pod_egress'
+  | 'pod_ingress'
+  | 'proxy_egress'
+  | 'proxy_guard'
+  | 'proxy_lookup'
+  | 'proxy_ingress';
 export const HOST = -1;
 
 export interface NativeError extends Error {
@@ -84,11 +90,14 @@ export interface TcxEntry {
 }
 
 export interface BpfLinkInfo {
+  kind: 'tcx' | 'netns';
   linkId: number;
   programId: number;
-  /** 0 when the device is gone and the link is only a dead pin */
+  /** 0 when the device is gone and the link is only a dead pin, and for a link to a namespace */
   ifindex: number;
   direction: Direction;
+  /** of the namespace that a link of kind "netns" is attached to; 0n when it is gone, and for the other kind */
+  netnsIno: bigint;
 }
 
 export interface ProgramInfo {
@@ -116,7 +125,8 @@ export type State = { readonly __state: unique symbol };
 
 export interface HookRecord {
   program: ProgramName;
-  kind: 'tcx' | 'clsact';
+  /** netns: socket lookup of the namespace; ifindex 0, direction without meaning */
+  kind: 'tcx' | 'clsact' | 'netns';
   ifindex: number;
   direction: Direction;
   inNetns: boolean;
@@ -182,6 +192,17 @@ export interface ProxyRecord {
   master: number;
   mac: Mac;
   ports: { outbound: number; inboundPlaintext: number; inboundHBONE: number; dns: number };
+}
+
+/** The longest prefix that matches decides. */
+export interface ExclusionRule {
+  kind: 'inbound_port' | 'outbound_port' | 'outbound_address';
+  /** 16 bytes; of a port the first two, in network order */
+  value: Uint8Array;
+  /** significant bits of value: at most 16 for a port, 128 for an address */
+  length: number;
+  /** false: takes its part out of a shorter prefix */
+  excluded: boolean;
 }
 
 export interface Counter {
@@ -310,6 +331,17 @@ export interface Native {
   /** interfaces that have such a table */
   listDirectFlows(state: State): number[];
 
+  /**
+   * Replaces all exclusions of an interface at once: a program sees the old rules or these. E2BIG: more than 4096 rules,
+   * or the map of pods is full.
+   */
+  putExclusions(state: State, ifindex: number, rules: readonly ExclusionRule[]): void;
+  deleteExclusions(state: State, ifindex: number): boolean;
+  /** [] if there are none */
+  getExclusions(state: State, ifindex: number): ExclusionRule[];
+  /** interfaces that have exclusions */
+  listExclusions(state: State): number[];
+
   counters(state: State): Counter[];
   /** forgets an interface's counters */
   deleteCounters(state: State, ifindex: number): number;
@@ -341,6 +373,8 @@ export interface Native {
     order: 'first' | 'last',
     pinPath: string,
   ): { linkId: number };
+  /** BPF_LINK_CREATE of a socket lookup program for a namespace, and BPF_OBJ_PIN. EINVAL below 5.9 */
+  attachLookup(netns: number, programFd: number, pinPath: string): { linkId: number };
   queryTcx(netns: number, ifindex: number, direction: Direction): TcxEntry[];
   /** of a pinned link; null if the pin is absent */
   linkInfo(pinPath: string): BpfLinkInfo | null;

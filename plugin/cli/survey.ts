@@ -188,7 +188,9 @@ export function listenerState(listeners: readonly Listener[] | undefined, family
 }
 
 function hookKind(native: Native, attachments: readonly Attachment[]): Survey['hook'] {
-  const kinds = new Set(attachments.flatMap(({ record }) => record.hooks.map(({ kind }) => kind)));
+  const kinds = new Set(
+    attachments.flatMap(({ record }) => record.hooks.map(({ kind }) => kind).filter((kind) => kind !== 'netns')),
+  );
   const [only] = kinds;
   if (kinds.size > 1) return 'mixed';
   return only ?? (native.features().tcx ? 'tcx' : 'clsact');

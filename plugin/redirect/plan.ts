@@ -36,8 +36,8 @@ export interface HostFacts {
 
 export interface PlannedHook {
   program: ProgramName;
-  /** whose device: the host-side veth, or the interface inside the pod's netns */
-  device: 'host' | 'pod';
+  /** the host-side veth, the interface inside the pod's netns, or that namespace itself (socket lookup) */
+  device: 'host' | 'pod' | 'netns';
   ifindex: number;
   direction: Direction;
 }
@@ -103,6 +103,7 @@ export function planProxy(facts: HostFacts): AttachPlan {
     hooks: [
       // Inside first: as soon as the proxy is listed, pods send it frames that only this program understands.
       { program: 'proxy_ingress', device: 'pod', ifindex: facts.pod.ifindex, direction: 'ingress' },
+      { program: 'proxy_lookup', device: 'netns', ifindex: 0, direction: 'ingress' },
       { program: 'proxy_guard', device: 'host', ifindex: facts.host.ifindex, direction: 'egress' },
       { program: 'proxy_egress', device: 'host', ifindex: facts.host.ifindex, direction: 'ingress' },
     ],
