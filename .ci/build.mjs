@@ -7,7 +7,17 @@
 
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
-import { existsSync, globSync, mkdirSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import {
+  copyFileSync,
+  existsSync,
+  globSync,
+  mkdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs';
 import { createRequire } from 'node:module';
 import { basename, dirname, join } from 'node:path';
 import { writeNotices } from './notices.mjs';
@@ -139,6 +149,9 @@ async function buildExecutable(name, target, { main, commandLine }) {
   // pkg changes directory, so every path is absolute; its command line and its other mode fetch a Node of their own.
   const unfinished = join(ROOT, 'build', `${name}.new`);
   rmSync(unfinished, { force: true });
+  // What tests compare with: the addon that is inside, also when that of the build tree has gone on.
+  const asset = join(ROOT, `build/bundle/${name}.node`);
+  copyFileSync(addon, asset);
   const sea = createRequire(import.meta.url)('@yao-pkg/pkg/lib-es5/sea.js').default;
   // The path of the main script becomes part of the executable and of its stack traces. pkg works in a new directory
   // under TMPDIR, from where it is the same in every checkout.
@@ -153,7 +166,7 @@ async function buildExecutable(name, target, { main, commandLine }) {
       execArgvExtension: 'none',
       useCodeCache: false,
       useSnapshot: false,
-      assets: { 'ambient-redirect.node': join(ROOT, addon), 'command-line.cjs': join(ROOT, commandLine) },
+      assets: { 'ambient-redirect.node': asset, 'command-line.cjs': join(ROOT, commandLine) },
     },
   });
   mkdirSync('dist', { recursive: true });

@@ -118,7 +118,9 @@ function sanitizerEnvironment() {
 
 function printPeers(tests) {
   for (const { name, pattern, version } of PEERS) {
-    const count = tests.filter((test) => test.state === 'passed' && pattern.test(`${test.file} ${test.name}`)).length;
+    const ranWithIt = ({ file, name: title, state }) =>
+      state === 'passed' && file.startsWith('conformance/') && pattern.test(`${file} ${title}`);
+    const count = tests.filter(ranWithIt).length;
     const { stdout } = spawnSync(version[0], version.slice(1), { encoding: 'utf8' });
     console.log(
       `peer ${name}: ${stdout ? stdout.split('\n')[0].trim() : 'not installed'}, ${count} tests passed with it`,

@@ -260,8 +260,9 @@ static __always_inline enum kind parse_v6(struct __sk_buff *skb, struct packet *
 		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
 		    next != IPPROTO_FRAGMENT && next != IPPROTO_AH)
 			return KIND_OTHER;
-		if (bpf_skb_load_bytes(skb, off, &ext, sizeof(ext)))
-			return KIND_MALFORMED;
+		/* Behind `end` is padding, which the receiver does not read: what follows is in another fragment. */
+		if (end < off + sizeof(ext) || bpf_skb_load_bytes(skb, off, &ext, sizeof(ext)))
+			return p->more_fragments ? KIND_SHORT_FRAGMENT : KIND_MALFORMED;
 		if (next == IPPROTO_FRAGMENT) {
 			__be32 id;
 
@@ -275,7 +276,7 @@ static __always_inline enum kind parse_v6(struct __sk_buff *skb, struct packet *
 				/* What follows is in the first fragment; behind another extension it may still be TCP. */
 				return ext.next == IPPROTO_UDP ? KIND_UDP_FRAGMENT : KIND_LATER_FRAGMENT;
 			}
-			p->more_fragments = ext.fragment & bpf_htons(1) ? 1 : 0;
+			p->more_fragments |= ext.fragment & bpf_htons(1) ? 1 : 0;
 			off += 8;
 		} else if (next == IPPROTO_AH) {
 			off += (ext.length + 2) * 4;

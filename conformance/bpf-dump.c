@@ -138,6 +138,29 @@ static int per_cpu(__u32 type)
 	       type == BPF_MAP_TYPE_LRU_PERCPU_HASH;
 }
 
+static int map_of_maps(__u32 type)
+{
+	return type == BPF_MAP_TYPE_ARRAY_OF_MAPS || type == BPF_MAP_TYPE_HASH_OF_MAPS;
+}
+
+/* An inner map is named by its id, which differs from map to map: print what it is instead. */
+static void print_inner_map(__u32 id)
+{
+	union bpf_attr attr = {};
+	struct bpf_map_info map;
+	int fd;
+
+	attr.map_id = id;
+	fd = (int)bpf(BPF_MAP_GET_FD_BY_ID, &attr, sizeof(attr));
+	if (fd < 0 || info(fd, &map, sizeof(map)))
+		printf("inner map gone (%s)", strerror(errno));
+	else
+		printf("inner map %s type %u key %u value %u max %u", map.name, map.type, map.key_size, map.value_size,
+		       map.max_entries);
+	if (fd >= 0)
+		close(fd);
+}
+
 /* Entries of an array that are all zero were never written, or were cleared: no difference. */
 static int all_zero(const unsigned char *bytes, size_t size)
 {
@@ -187,7 +210,10 @@ static void dump_map(const char *path, int fd)
 		printf("%s[", path);
 		print_hex(key, map.key_size);
 		printf("]\t");
-		print_hex(value, size);
+		if (map_of_maps(map.type))
+			print_inner_map(*(__u32 *)value);
+		else
+			print_hex(value, size);
 		printf("\n");
 	}
 	free(key);

@@ -47,6 +47,7 @@ async function main(): Promise<number> {
     )
     .option('--cap-args <json>', 'capability arguments of the runtime, for capabilities that the entry declares')
     .option('--bad-keys <json>', "keys that make the plugin's own configuration invalid")
+    .option('--live-state <regexp>', 'keys of kernel state that packets may change while a pod lives')
     .option('--pass-through', 'the plugin promises not to change the Result')
     .option('--rules <ids>', 'only these rules or families, with commas: A4,A5.1')
     .option('--list', 'print the rules and end')
@@ -59,6 +60,7 @@ async function main(): Promise<number> {
     capArgs?: string;
     badKeys?: string;
     passThrough?: boolean;
+    liveState?: string;
     rules?: string;
     list?: boolean;
     json?: boolean;
@@ -76,6 +78,7 @@ async function main(): Promise<number> {
     plugin,
     entry: entryOf(json(readFileSync(options.conf, 'utf8'), options.conf), plugin, options.conf),
     passThrough: options.passThrough ?? false,
+    ...(options.liveState && { liveState: new RegExp(options.liveState) }),
     ...(options.capArgs && { capabilityArgs: json(options.capArgs, '--cap-args') }),
     ...(options.badKeys && { badKeys: json(options.badKeys, '--bad-keys') }),
   };

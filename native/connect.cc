@@ -36,8 +36,12 @@ class Connection {
     napi_add_env_cleanup_hook(env_, on_exit, this);
     uv_poll_start(&poll_, UV_WRITABLE, [](uv_poll_t *handle, int status, int) {
       auto *self = static_cast<Connection *>(handle->data);
-      self->settle(status < 0 ? -status : connect_result(self->socket_.get()));
+      // libuv calls an error on the socket EBADF; the socket knows which.
+      int error = connect_result(self->socket_.get());
+      self->settle(error || status >= 0 ? error : -status);
     });
+    // The loop's clock stands still while JavaScript runs.
+    uv_update_time(loop);
     uv_timer_start(
         &timer_, [](uv_timer_t *handle) { static_cast<Connection *>(handle->data)->settle(ETIMEDOUT); }, timeout_ms, 0);
     return promise;

@@ -41,6 +41,9 @@ std::string netns_text(int netns) {
 
 NetnsScope::NetnsScope(int netns) {
   if (netns == HOST) return;
+  // The number of a closed descriptor is the next one given out: to the one for the way back, which would then be what
+  // is entered.
+  if (::fcntl(netns, F_GETFD) < 0) throw KernelError(errno, "setns", netns_text(netns));
   Fd before = current_netns();
   if (kernel_call("setns", [&] { return ::setns(netns, CLONE_NEWNET); }) < 0) {
     throw KernelError(errno, "setns", netns_text(netns));

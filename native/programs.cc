@@ -26,10 +26,23 @@ std::string *libbpf_says = nullptr;
 
 int collect(libbpf_print_level level, const char *format, va_list arguments) {
   if (level != LIBBPF_WARN || !libbpf_says) return 0;
-  char line[512];
-  vsnprintf(line, sizeof(line), format, arguments);
+  char text[512];
+  vsnprintf(text, sizeof(text), format, arguments);
+  std::string line = text;
+  if (line.compare(0, 8, "libbpf: ") == 0) line.erase(0, 8);
+  while (!line.empty() && line.back() == '\n') line.pop_back();
+  if (!libbpf_says->empty()) *libbpf_says += "; ";
   *libbpf_says += line;
   return 0;
+}
+
+// The verifier's log of a failed load is long; the line before its statistics says what it refused.
+std::string verdict_line(const std::string &log) {
+  size_t end = log.rfind("\nprocessed ");
+  if (end == std::string::npos) return {};
+  size_t start = log.rfind('\n', end - 1);
+  start = start == std::string::npos ? 0 : start + 1;
+  return log.substr(start, end - start);
 }
 
 class Collecting {
@@ -50,7 +63,6 @@ struct Destroy {
   void operator()(redirect_bpf *skeleton) const { redirect_bpf__destroy(skeleton); }
 };
 
-// The verifier's log of a failed load is long; its last lines name the instruction and the reason.
 constexpr size_t LOG_SIZE = 1 << 20;
 struct Free {
   void operator()(char *memory) const { free(memory); }
@@ -105,6 +117,8 @@ void load_programs(const State &state, const std::string &dir, const std::string
   if (kernel_call("bpf(BPF_PROG_LOAD)", [&] { return bpf_object__load(skeleton->obj); }) < 0) {
     KernelError error(errno, "bpf(BPF_PROG_LOAD)", "programs " + tag, said);
     error.verifier_log = log.get();
+    std::string verdict = verdict_line(error.verifier_log);
+    if (!verdict.empty()) error.kernel_message = verdict + "; " + error.kernel_message;
     throw error;
   }
 

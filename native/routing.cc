@@ -102,7 +102,7 @@ bool add_rule(int netns, const Rule &rule) {
     return true;
   } catch (const KernelError &error) {
     if (error.number != EEXIST) throw;
-    // The kernel does not compare the protocol: an equal rule of somebody else is none of ours.
+    // Kernels that do not compare the protocol take an equal rule of somebody else for this one.
     std::vector<Rule> present = rules(netns, rule.family);
     if (std::find(present.begin(), present.end(), rule) != present.end()) return false;
     throw;

@@ -32,9 +32,10 @@ uint32_t filter_parent(Direction direction) {
   return TC_H_MAKE(TC_H_CLSACT, direction == Direction::ingress ? TC_H_MIN_INGRESS : TC_H_MIN_EGRESS);
 }
 
-// By RTM_GETQDISC of one place: a dump would list the qdiscs of every device of the node.
+// By RTM_GETQDISC of one place: a dump would list the qdiscs of every device of the node. The kernel answers it by a
+// notification, which the asking socket gets only with NLM_F_ECHO.
 std::optional<Qdisc> qdisc_at(NetlinkSocket &socket, int netns, uint32_t ifindex, uint32_t parent) {
-  Request request(RTM_GETQDISC, 0);
+  Request request(RTM_GETQDISC, NLM_F_ECHO);
   request.append(tc_header(ifindex, parent));
   std::optional<Qdisc> found;
   try {

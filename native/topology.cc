@@ -54,13 +54,16 @@ class Fd {
   int fd_;
 };
 
+void AssertOpen(Napi::Env env, int netns) {
+  if (netns >= 0 && fcntl(netns, F_GETFD) < 0) Fail(env, errno, "setns", "fd " + std::to_string(netns));
+}
+
 // The calling thread's network namespace as long as the object lives. A thread that cannot go back would run the rest
 // of the process in the wrong namespace: nothing sensible is left to do then.
 class ThreadNetns {
  public:
-  explicit ThreadNetns(Napi::Env env) : before_(::open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC)) {
-    if (before_.get() < 0) Fail(env, errno, "open", "/proc/thread-self/ns/net");
-  }
+  // Enters `netns` unless it is HOST.
+  ThreadNetns(Napi::Env env, int netns) : before_(OpenOwn(env, netns)) { Enter(env, netns); }
   ~ThreadNetns() {
     if (setns(before_.get(), CLONE_NEWNET) != 0) {
       perror("ambient-redirect: cannot return to the network namespace of the process");
@@ -72,6 +75,15 @@ class ThreadNetns {
   }
 
  private:
+  // The number of a closed descriptor is the next one given out: to the one for the way back, which would then be what
+  // is entered. So `netns` is looked at first.
+  static int OpenOwn(Napi::Env env, int netns) {
+    AssertOpen(env, netns);
+    int fd = ::open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC);
+    if (fd < 0) Fail(env, errno, "open", "/proc/thread-self/ns/net");
+    return fd;
+  }
+
   Fd before_;
 };
 
@@ -216,7 +228,7 @@ Napi::Value CreateNetns(const Napi::CallbackInfo &info) {
   int error = 0;
   const char *call = "unshare(CLONE_NEWNET)";
   {
-    ThreadNetns thread(env);
+    ThreadNetns thread(env, -1);
     if (unshare(CLONE_NEWNET) != 0) {
       error = errno;
     } else if (mount("/proc/thread-self/ns/net", path.c_str(), nullptr, MS_BIND, nullptr) != 0) {
@@ -253,8 +265,7 @@ Napi::Value InNetns(const Napi::CallbackInfo &info) {
   Napi::Env env = info.Env();
   int netns = NetnsArgument(info, 0);
   if (!info[1].IsFunction()) throw Napi::TypeError::New(env, "callback must be a function");
-  ThreadNetns thread(env);
-  thread.Enter(env, netns);
+  ThreadNetns thread(env, netns);
   return info[1].As<Napi::Function>().Call(std::initializer_list<napi_value>{});
 }
 
@@ -274,6 +285,7 @@ Napi::Value CreateVeth(const Napi::CallbackInfo &info) {
   int peer_netns = NetnsArgument(info, 2);
   std::string peer = InterfaceArgument(info, 3, "peerName");
   if (peer_netns < 0) throw Napi::TypeError::New(env, "peerNetns must be a file descriptor");
+  AssertOpen(env, peer_netns);
 
   Request request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL);
   // Neither end can be up yet: veth_open() refuses (ENOTCONN) as long as it has no peer.
@@ -290,8 +302,7 @@ Napi::Value CreateVeth(const Napi::CallbackInfo &info) {
   request.Close(veth);
   request.Close(link_info);
 
-  ThreadNetns thread(env);
-  thread.Enter(env, netns);
+  ThreadNetns thread(env, netns);
   request.Send(env, "RTM_NEWLINK", name);
   SetUp(env, name);
   thread.Enter(env, peer_netns);
@@ -303,8 +314,7 @@ Napi::Value SetLinkUp(const Napi::CallbackInfo &info) {
   Napi::Env env = info.Env();
   int netns = NetnsArgument(info, 0);
   std::string name = InterfaceArgument(info, 1, "name");
-  ThreadNetns thread(env);
-  thread.Enter(env, netns);
+  ThreadNetns thread(env, netns);
   SetUp(env, name);
   return env.Undefined();
 }
@@ -313,8 +323,7 @@ Napi::Value DeleteLink(const Napi::CallbackInfo &info) {
   Napi::Env env = info.Env();
   int netns = NetnsArgument(info, 0);
   std::string name = InterfaceArgument(info, 1, "name");
-  ThreadNetns thread(env);
-  thread.Enter(env, netns);
+  ThreadNetns thread(env, netns);
   uint32_t index = if_nametoindex(name.c_str());
   if (index == 0 && errno == ENODEV) return Napi::Boolean::New(env, false);
   if (index == 0) Fail(env, errno, "if_nametoindex", name);
@@ -332,8 +341,7 @@ Napi::Value AddAddress(const Napi::CallbackInfo &info) {
   std::string name = InterfaceArgument(info, 1, "name");
   IpAddress address = AddressArgument(info, 2, "address");
   uint8_t prefix = PrefixArgument(info, 3, address);
-  ThreadNetns thread(env);
-  thread.Enter(env, netns);
+  ThreadNetns thread(env, netns);
   Request request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL);
   ifaddrmsg message{};
   message.ifa_family = static_cast<uint8_t>(address.family);
@@ -361,8 +369,7 @@ Napi::Value AddRoute(const Napi::CallbackInfo &info) {
       throw Napi::TypeError::New(env, "gateway must be of the destination's family");
     }
   }
-  ThreadNetns thread(env);
-  thread.Enter(env, netns);
+  ThreadNetns thread(env, netns);
   Request request(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL);
   rtmsg message{};
   message.rtm_family = static_cast<uint8_t>(destination.family);

@@ -17,7 +17,6 @@ import { status } from './cli/status.ts';
 import { processTerminal, type Terminal } from './cli/terminal.ts';
 import { unenroll } from './cli/unenroll.ts';
 import { CniError, Code } from './cni/errors.ts';
-import { isNativeError, kernelReason } from './state.ts';
 
 /** Set by the build. */
 declare const AMBIENT_REDIRECT_VERSION: string | undefined;
@@ -169,9 +168,8 @@ function podOption(description: string): Option {
 /** The error's own words; a stack only for a defect. */
 function describe(error: unknown): string {
   if (error instanceof CniError && error.code !== Code.INTERNAL) return error.message;
-  if (isNativeError(error)) return kernelReason(error);
-  if (error instanceof AggregateError || error instanceof TypeError || error instanceof RangeError)
-    return error.stack ?? error.message;
+  // Wrong arguments to the addon, or to Node's own functions.
+  if (error instanceof TypeError || error instanceof RangeError) return error.stack ?? error.message;
   return error instanceof Error ? error.message : String(error);
 }
 

@@ -27,7 +27,8 @@ function plugin(verb: string): void {
     const lost = write(1, outcome.stdout);
     write(2, outcome.stderr);
     if (lost !== undefined) write(2, `ambient-redirect: ${verb}: the answer could not be written: ${lost}\n`);
-    process.exit(outcome.exitCode);
+    // An answer that nobody has is no success: the runtime is to send DEL.
+    process.exit(lost === undefined ? outcome.exitCode : 1);
   };
   const fail = (thrown: unknown): never => answer(failure(thrown, verb, NEWEST_VERSION));
   // Takes rejections that nobody handles, too.

@@ -193,7 +193,7 @@ export const addRules: Rule[] = [
       await subject.add(pod);
       const once = await subject.state(pod);
       await subject.add(pod);
-      subject.same(once, await subject.state(pod), 'changed by the second ADD');
+      subject.sameLive(once, await subject.state(pod), 'changed by the second ADD');
     },
   },
   {

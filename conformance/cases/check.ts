@@ -118,7 +118,7 @@ export const checkRules: Rule[] = [
       await subject.add(pod, version);
       const before = await subject.state(pod);
       await subject.check(pod, version);
-      subject.same(before, await subject.state(pod), 'changed by a CHECK that succeeded');
+      subject.sameLive(before, await subject.state(pod), 'changed by a CHECK that succeeded');
       await subject.del(pod, version);
       const after = await subject.state(pod);
       await subject.call('CHECK', pod, version);

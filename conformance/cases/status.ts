@@ -29,7 +29,7 @@ export const statusRules: Rule[] = [
       await subject.add(pod);
       const before = await subject.state(pod);
       silent(await subject.call('STATUS', undefined, version), 'STATUS');
-      subject.same(before, await subject.state(pod), 'changed by STATUS');
+      subject.sameLive(before, await subject.state(pod), 'changed by STATUS');
     },
   },
   {

@@ -172,8 +172,9 @@ export const stdinRules: Rule[] = [
       const pod = subject.pod();
       const version = subject.newest;
       const config = encode(subject.config(version, { prevResult: pod.result(version) }));
-      const args = '"args":{"__proto__":{"name":"x"},"constructor":{"prototype":1},"t":"\\u0000\\"\\n\\ud83d\\ude00"}';
-      const stdin = `{"__proto__":{"prevResult":null,"cniVersion":"9"},${args},${config.slice(1)}`;
+      const proto = '"__proto__":{"prevResult":null,"cniVersion":"9","name":"a/b"}';
+      const args = `"args":{${proto},"constructor":{"prototype":1},"t":"\\u0000\\"\\n\\ud83d\\ude00"}`;
+      const stdin = `{${args},"cni.dev/x":{${proto}},${config.slice(1)}`;
       result(await subject.call('ADD', pod, version, { stdin }), 'ADD');
     },
   },

@@ -33,8 +33,8 @@ export interface SubjectOptions {
   versions?: readonly Version[];
   /** Added to the runtime's environment. */
   environment?: Record<string, string>;
-  /** Keys of kernel state that may differ after DEL (counters). */
-  ignoreState?: RegExp;
+  /** Keys of kernel state that packets change while a pod lives (counters). After DEL they count. */
+  liveState?: RegExp;
 }
 
 export interface CallOptions {
@@ -303,8 +303,17 @@ export class Subject {
     });
   }
 
+  /** The same state, to the letter. */
   same(before: KernelState, after: KernelState, what: string): void {
-    const lines = differences(before, after, this.options.ignoreState);
+    this.#compare(differences(before, after), what);
+  }
+
+  /** The same state but for what the packets of a pod that lives have changed in between. */
+  sameLive(before: KernelState, after: KernelState, what: string): void {
+    this.#compare(differences(before, after, this.options.liveState), what);
+  }
+
+  #compare(lines: readonly string[], what: string): void {
     if (lines.length > 0) throw new Violation(`${what}:\n      ${lines.slice(0, 12).join('\n      ')}`);
   }
 

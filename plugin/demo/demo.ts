@@ -15,6 +15,7 @@ import { DIRECT, HTTP_PORT, judge, PORTS, REDIRECTED, REQUESTS, type Scenario, t
 import {
   type Family,
   hostInterface,
+  isAbandoned,
   listDemos,
   livingOwner,
   type PlaceName,
@@ -23,7 +24,6 @@ import {
   pathsOf,
   removeTopology,
   Topology,
-  wasKept,
   writeOwner,
 } from './topology.ts';
 import { EchoServer, requestEcho } from './traffic.ts';
@@ -104,7 +104,7 @@ export async function removeDemo(native: DemoNative, name: string): Promise<void
   }
   const owner = livingOwner(paths);
   if (owner !== undefined) {
-    process.kill(owner.pid, 'SIGTERM');
+    process.kill(owner, 'SIGTERM');
     const deadline = performance.now() + 5_000;
     while (livingOwner(paths) !== undefined && performance.now() < deadline) {
       await new Promise((resolve) => setTimeout(resolve, 10));
@@ -125,14 +125,9 @@ export async function serveDemo(native: DemoNative, name: string, families: read
   topology.close();
 }
 
-/** Namespaces of demos that were killed: nobody can want them. Kept ones stay. */
+/** What is left of demos that were killed. */
 function sweep(native: DemoNative): void {
-  for (const name of listDemos()) {
-    const paths = pathsOf(name);
-    if (!wasKept(paths) && livingOwner(paths) === undefined && name !== `ambient-redirect-demo-${process.pid}`) {
-      removeTopology(native, name);
-    }
-  }
+  for (const name of listDemos()) if (isAbandoned(pathsOf(name))) removeTopology(native, name);
 }
 
 interface Servers {
@@ -182,7 +177,6 @@ class Run {
 
   static async start(native: DemoNative, name: string, families: readonly Family[]): Promise<Run> {
     const topology = Topology.create(native, name, families);
-    writeOwner(topology.paths, false);
     return new Run(native, topology, families, await startServers(native, topology, families));
   }
 

@@ -94,6 +94,7 @@ export class Topology {
   static create(native: DemoNative, name: string, families: readonly Family[]): Topology {
     const paths = pathsOf(name);
     mkdirSync(paths.base, { mode: 0o700 });
+    writeOwner(paths, false);
     mkdirSync(paths.bpffs, { mode: 0o700 });
     native.mountBpffs(paths.bpffs);
     mkdirSync(paths.runDir, { mode: 0o700 });
@@ -181,11 +182,11 @@ export class Topology {
 export function removeTopology(native: DemoNative, name: string): void {
   const paths = pathsOf(name);
   const errors: unknown[] = [];
-  const attempt = (step: () => void) => {
+  const attempt = (step: () => void, ...harmless: string[]) => {
     try {
       step();
     } catch (error) {
-      if ((error as NodeJS.ErrnoException).code !== 'ENOENT') errors.push(error);
+      if (!['ENOENT', ...harmless].includes((error as NodeJS.ErrnoException).code ?? '')) errors.push(error);
     }
   };
   // A namespace that a shell or a dying socket still holds would keep its interfaces: take the veths away first.
@@ -196,7 +197,8 @@ export function removeTopology(native: DemoNative, name: string): void {
     } finally {
       native.close(netns);
     }
-  });
+    // EINVAL: killed between making the file and mounting the namespace on it.
+  }, 'EINVAL');
   for (const place of Object.keys(ADDRESSES)) attempt(() => native.deleteNetns(join(paths.base, place)));
   attempt(() => {
     // Own mount, own instance: what is pinned goes with it. rm would fail there, the directory is a mount point.
@@ -206,8 +208,8 @@ export function removeTopology(native: DemoNative, name: string): void {
   if (errors.length > 0) throw new AggregateError(errors, `demo ${name}: ${errors.map(String).join('; ')}`);
 }
 
-/** process id and start time (clock ticks since boot, proc(5)) of whoever serves a demo: a pid alone is used again. */
-export interface Owner {
+/** Who serves a demo. A process id alone is used again, so its start time (clock ticks since boot, proc(5)) is with it. */
+interface Owner {
   pid: number;
   started: string;
   kept: boolean;
@@ -218,21 +220,25 @@ export function writeOwner(paths: Paths, kept: boolean): void {
   writeFileSync(paths.owner, JSON.stringify(owner), { mode: 0o600 });
 }
 
-/** undefined if nobody wrote it or the process is gone */
-export function livingOwner(paths: Paths): Owner | undefined {
-  try {
-    const owner = JSON.parse(readFileSync(paths.owner, 'utf8')) as Owner;
-    return startTime(owner.pid) === owner.started ? owner : undefined;
-  } catch {
-    return undefined;
-  }
+/** Process id of whoever serves the demo; undefined if nobody does any more. */
+export function livingOwner(paths: Paths): number | undefined {
+  const owner = readOwner(paths);
+  return owner !== undefined && startTime(owner.pid) === owner.started ? owner.pid : undefined;
 }
 
-export function wasKept(paths: Paths): boolean {
+/** Nobody serves it, and nobody wanted it kept: its process was killed. */
+export function isAbandoned(paths: Paths): boolean {
+  const owner = readOwner(paths);
+  // The directory is there before the file in it is.
+  if (owner === undefined) return startTime(Number(paths.name.split('-').at(-1))) === undefined;
+  return !owner.kept && livingOwner(paths) === undefined;
+}
+
+function readOwner(paths: Paths): Owner | undefined {
   try {
-    return (JSON.parse(readFileSync(paths.owner, 'utf8')) as Owner).kept;
+    return JSON.parse(readFileSync(paths.owner, 'utf8')) as Owner;
   } catch {
-    return false;
+    return undefined;
   }
 }
 

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+// The five programs, one packet at a time: every branch that BPF_PROG_TEST_RUN reaches, IPv4 and IPv6.
+
+import { readFileSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest';
+import { loadNative } from '../../plugin/addon.ts';
+import { reasonsInSource } from './coverage.ts';
+import { Datapath, drop, Node, pass } from './node.ts';
+import { podEgress } from './pod-egress.ts';
+import { podIngress } from './pod-ingress.ts';
+import { proxyEgress } from './proxy-egress.ts';
+import { proxyGuard } from './proxy-guard.ts';
+import { proxyIngress } from './proxy-ingress.ts';
+import { noRedirectPeer } from './variants.ts';
+
+const seen = new Set<string>();
+let node: Node;
+let standard: Datapath;
+let noPeer: Datapath;
+let noAssign: Datapath;
+
+beforeAll(async () => {
+  node = await Node.open();
+  standard = new Datapath(node, seen);
+  noPeer = new Datapath(node, seen, ['NO_REDIRECT_PEER']);
+  noAssign = new Datapath(node, seen, ['NO_SK_ASSIGN']);
+});
+afterAll(() => node?.close());
+beforeEach(() => {
+  for (const datapath of [standard, noPeer, noAssign]) datapath.reset();
+});
+
+podEgress(() => standard);
+podIngress(() => standard);
+proxyEgress(() => standard);
+proxyGuard(() => standard);
+proxyIngress('with bpf_sk_assign, refused outside a hook', () => standard, drop('drop_redirect_failed'));
+proxyIngress('without bpf_sk_assign', () => noAssign, pass('proxy_assigned'));
+noRedirectPeer(() => noPeer);
+
+describe('variants', () => {
+  const names = Object.keys(loadNative().flags).filter((name) => name.startsWith('VARIANT_'));
+  const all = names.map((name) => name.replace('VARIANT_', ''));
+  test.each([...all.map((name) => [name]), all].map((names) => ({ names })))(
+    'every program loads: $names',
+    ({ names }) => {
+      const { native } = node;
+      const { state, directory, tag } = new Datapath(node, new Set(), names, 'all');
+      expect(native.settings(state).variant).not.toBe(0);
+      for (const program of Object.keys(native.programs)) {
+        const fd = native.openProgram(join(directory, 'programs', tag, program));
+        expect(native.programInfo(fd).name).toBe(program);
+        native.close(fd);
+      }
+      native.closeState(state);
+    },
+  );
+});
+
+/** Enumerators of an enum of redirect.h, in lower case and without the prefix. */
+function enumerators(name: string, prefix: string): Record<string, number> {
+  const header = readFileSync(join(dirname(import.meta.dirname), 'redirect.h'), 'utf8');
+  const body = new RegExp(`enum ${name} \\{([^}]*)\\}`).exec(header)?.[1] ?? '';
+  const all = [...body.matchAll(/^\s*(\w+) = (\d+),/gm)];
+  return Object.fromEntries(
+    all.map(([, word = '', number]) => [word.replace(prefix, '').toLowerCase(), Number(number)]),
+  );
+}
+
+describe('the words of redirect.h', () => {
+  test('reasons are those of the addon, number by number', () => {
+    const { max, ...reasons } = enumerators('reason', 'REASON_');
+    expect(reasons).toEqual(loadNative().reasons);
+    expect(Object.keys(reasons).length).toBeGreaterThan(30);
+    expect(Math.max(...Object.values(reasons))).toBeLessThan(max ?? 0);
+  });
+  test('programs are those of the addon, number by number', () => {
+    const programs = enumerators('program', '');
+    expect(programs).toEqual(loadNative().programs);
+    expect(Object.keys(programs)).toEqual([...reasonsInSource().keys()]);
+  });
+  test('a program’s name fits into the kernel’s 15 bytes', () => {
+    for (const program of Object.keys(loadNative().programs)) expect(program.length).toBeLessThan(16);
+  });
+});
+
+/** In the source of a function that the program calls, but out of this program's reach, or of BPF_PROG_TEST_RUN's. */
+const UNREACHABLE: Record<string, Record<string, string>> = {
+  pod_egress: {
+    drop_redirect_failed: 'the 12 bytes that bpf_skb_store_bytes writes have been read before',
+    redirected_inbound: 'new_connection() for the other direction',
+  },
+  pod_ingress: {
+    drop_redirect_failed: 'as in pod_egress',
+    redirected_outbound: 'new_connection() for the other direction',
+  },
+  proxy_egress: { drop_redirect_failed: 'as in pod_egress' },
+};
+
+describe('reasons', () => {
+  test.each([...reasonsInSource()])(
+    '%s: every reason in its source was seen, or is known to be out of reach',
+    (program, reasons) => {
+      const unseen = [...reasons].filter((reason) => !seen.has(`${program} ${reason}`)).sort();
+      expect(unseen).toEqual(Object.keys(UNREACHABLE[program] ?? {}).sort());
+    },
+  );
+  test('no program counted a reason that its source does not have', () => {
+    const inSource = reasonsInSource();
+    const stray = [...seen].filter((pair) => {
+      const [program = '', reason = ''] = pair.split(' ');
+      return !inSource.get(program)?.has(reason);
+    });
+    expect(stray).toEqual([]);
+  });
+});

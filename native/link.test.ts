@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { type Namespace, Testbed } from '../conformance/netns.ts';
+import { cause, native, opened } from './native.testing.ts';
+
+const bed = Testbed.open();
+afterAll(() => bed.close());
+
+let node: Namespace;
+let pod: Namespace;
+let nodeFd: number;
+let podFd: number;
+beforeAll(() => {
+  node = bed.namespace('node');
+  pod = bed.namespace('pod');
+  [nodeFd, podFd] = [opened(bed, node), opened(bed, pod)];
+  bed.bridge(node, 'br0', ['192.0.2.1/24']);
+  bed.veth(
+    { namespace: node, ifname: 'veth0123456789a', bridge: 'br0', mtu: 1400 },
+    {
+      namespace: pod,
+      ifname: 'eth0',
+      addresses: ['192.0.2.2/24', '2001:db8::2/64'],
+      mac: '02:00:5e:10:00:01',
+      mtu: 1400,
+    },
+  );
+  node.ip('link', 'add', 'same0', 'type', 'veth', 'peer', 'name', 'same1');
+});
+
+interface IpLink {
+  ifindex: number;
+  ifname: string;
+  address: string;
+  mtu: number;
+  flags: string[];
+  link_index?: number;
+  link_netnsid?: number;
+  link?: string;
+  master?: string;
+  linkinfo?: { info_kind: string };
+}
+const ipLink = (namespace: Namespace, name: string): IpLink => {
+  const [link] = JSON.parse(namespace.ip('-j', '-d', 'link', 'show', 'dev', name)) as IpLink[];
+  if (!link) throw new Error(`no ${name}`);
+  return link;
+};
+
+describe('a link', () => {
+  test.each([
+    ['the host end, by its longest possible name', () => node, 'veth0123456789a'],
+    ['the pod end', () => pod, 'eth0'],
+    ['a bridge', () => node, 'br0'],
+    ['loopback', () => node, 'lo'],
+    ['a veth whose peer is in the same namespace, down', () => node, 'same0'],
+  ])('%s is as ip shows it', (_, namespace, name) => {
+    const netns = namespace() === node ? nodeFd : podFd;
+    const expected = ipLink(namespace(), name);
+    const link = native.linkByName(netns, name);
+    expect(link).toEqual({
+      ifindex: expected.ifindex,
+      name,
+      kind: expected.linkinfo?.info_kind ?? '',
+      mac: expected.address,
+      mtu: expected.mtu,
+      up: expected.flags.includes('UP'),
+      peerIfindex: expected.link_index ?? (expected.link ? ipLink(namespace(), expected.link).ifindex : 0),
+      peerNetnsId: expected.link_netnsid ?? -1,
+      master: expected.master ? ipLink(namespace(), expected.master).ifindex : 0,
+    });
+    expect(native.linkByIndex(netns, expected.ifindex)).toEqual(link);
+  });
+
+  test('peers name each other', () => {
+    const host = native.linkByName(nodeFd, 'veth0123456789a');
+    const inside = native.linkByName(podFd, 'eth0');
+    expect(host).toMatchObject({ kind: 'veth', peerIfindex: inside?.ifindex, mtu: 1400, up: true });
+    expect(inside).toMatchObject({ kind: 'veth', peerIfindex: host?.ifindex, mac: '02:00:5e:10:00:01' });
+    native.inNetns(nodeFd, () => expect(native.netnsId(podFd, false)).toBe(host?.peerNetnsId));
+    const same = native.linkByName(nodeFd, 'same0');
+    expect(same).toMatchObject({
+      peerIfindex: native.linkByName(nodeFd, 'same1')?.ifindex,
+      peerNetnsId: -1,
+      up: false,
+    });
+  });
+
+  test('that is not there is null', () => {
+    expect(native.linkByName(podFd, 'eth1')).toBeNull();
+    expect(native.linkByIndex(podFd, 4711)).toBeNull();
+    expect(native.linkByName(podFd, 'br0')).toBeNull();
+  });
+});
+
+describe('addresses', () => {
+  test('of both families, IPv4 in 128-bit space', () => {
+    const ifindex = native.linkByName(podFd, 'eth0')?.ifindex ?? 0;
+    const found = native.linkAddresses(podFd, ifindex).map((entry) => ({
+      address: Buffer.from(entry.address).toString('hex'),
+      prefix: entry.prefix,
+      scope: entry.scope,
+    }));
+    expect(found).toContainEqual({ address: '00000000000000000000ffffc0000202', prefix: 96 + 24, scope: 0 });
+    expect(found).toContainEqual({ address: '20010db8000000000000000000000002', prefix: 64, scope: 0 });
+    expect(found).toContainEqual({ address: 'fe8000000000000000005efffe100001', prefix: 64, scope: 253 });
+    expect(found).toHaveLength(3);
+  });
+
+  test('of a point-to-point address it is the own end', () => {
+    node.ip('address', 'add', '198.51.100.1', 'peer', '198.51.100.2/32', 'dev', 'same0');
+    node.ip('-6', 'address', 'add', '2001:db8:1::1', 'peer', '2001:db8:1::2/128', 'dev', 'same0', 'nodad');
+    const ifindex = native.linkByName(nodeFd, 'same0')?.ifindex ?? 0;
+    expect(native.linkAddresses(nodeFd, ifindex).map((entry) => Buffer.from(entry.address).toString('hex'))).toEqual([
+      '00000000000000000000ffffc6336401',
+      '20010db8000100000000000000000001',
+    ]);
+  });
+
+  test('more than one netlink message holds', () => {
+    const batch = Array.from({ length: 600 }, (_, i) => `address add 10.9.${i >> 8}.${i & 255}/32 dev same1`).join(
+      '\n',
+    );
+    node.run(['ip', '-batch', '-'], `${batch}\n`);
+    const ifindex = native.linkByName(nodeFd, 'same1')?.ifindex ?? 0;
+    const found = new Set(native.linkAddresses(nodeFd, ifindex).map((entry) => entry.address.join('.')));
+    expect(found.size).toBe(600);
+  });
+
+  test('of a device that is not there: ENODEV with the request', () => {
+    expect(cause(() => native.linkAddresses(podFd, 4711))).toEqual({
+      code: 'ENODEV',
+      errno: 19,
+      syscall: 'RTM_GETADDR',
+    });
+  });
+});
