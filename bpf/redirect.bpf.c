@@ -70,6 +70,7 @@ static __always_inline void report(struct __sk_buff *skb, const struct counter_k
 	__u32 zero = 0;
 	struct trace *t = bpf_map_lookup_elem(&trace, &zero);
 	struct event e = {};
+	long failed;
 
 	if (!t || !t->on || (t->ifindex && t->ifindex != key->ifindex) || (t->reason && t->reason != key->reason))
 		return;
@@ -84,9 +85,11 @@ static __always_inline void report(struct __sk_buff *skb, const struct counter_k
 		e.tuple = p->tuple;
 	}
 	if (use_ringbuf)
-		bpf_ringbuf_output(&events, &e, sizeof(e), 0);
+		failed = bpf_ringbuf_output(&events, &e, sizeof(e), 0);
 	else
-		bpf_perf_event_output(skb, &events, BPF_F_CURRENT_CPU, &e, sizeof(e));
+		failed = bpf_perf_event_output(skb, &events, BPF_F_CURRENT_CPU, &e, sizeof(e));
+	if (failed)
+		__sync_fetch_and_add(&t->lost, 1);
 }
 
 /* ---- counters ---------------------------------------------------------------------------------------------------- */
@@ -132,17 +135,28 @@ static __always_inline int drop(const struct run *r, enum reason reason)
 
 /* ---- sockets --------------------------------------------------------------------------------------------------- */
 
+static __always_inline struct bpf_sock *find_socket(struct __sk_buff *skb, struct bpf_sock_tuple *tuple, __u32 size,
+						    __s32 nsid)
+{
+	if (full_sockets_only)
+		return bpf_sk_lookup_tcp(skb, tuple, size, (__u64)(__s64)nsid, 0);
+	return bpf_skc_lookup_tcp(skb, tuple, size, (__u64)(__s64)nsid, 0);
+}
+
 /* BPF_TCP_* state of the socket that would receive this tuple in namespace nsid; 0 if there is none. */
 static __always_inline int socket_state(struct __sk_buff *skb, struct packet *p, __s32 nsid)
 {
 	struct bpf_sock *sk;
 	int state = 0;
 
-	sk = bpf_skc_lookup_tcp(skb, &p->socket, p->socket_len, (__u64)(__s64)nsid, 0);
-	if (sk) {
-		state = sk->state;
-		bpf_sk_release(sk);
-	}
+	sk = find_socket(skb, &p->socket, p->socket_len, nsid);
+	if (!sk)
+		return 0;
+	state = sk->state;
+	/* A half-open connection comes back as its listener, whose port is another one. */
+	if (full_sockets_only && state == BPF_TCP_LISTEN && sk->src_port != p->tuple.destination_port)
+		state = BPF_TCP_SYN_RECV;
+	bpf_sk_release(sk);
 	return state;
 }
 
@@ -166,11 +180,11 @@ static __always_inline struct bpf_sock *find_listener(struct __sk_buff *skb, __u
 	if (family == 4) {
 		t.ipv4.daddr = bpf_htonl(0x7f000001);
 		t.ipv4.dport = bpf_htons(port);
-		sk = bpf_skc_lookup_tcp(skb, &t, sizeof(t.ipv4), (__u64)(__s64)nsid, 0);
+		sk = find_socket(skb, &t, sizeof(t.ipv4), nsid);
 	} else {
 		t.ipv6.daddr[3] = bpf_htonl(1);
 		t.ipv6.dport = bpf_htons(port);
-		sk = bpf_skc_lookup_tcp(skb, &t, sizeof(t.ipv6), (__u64)(__s64)nsid, 0);
+		sk = find_socket(skb, &t, sizeof(t.ipv6), nsid);
 	}
 	if (!sk)
 		return 0;

@@ -247,7 +247,7 @@ struct trace {
 	__u32 on;
 	__u32 ifindex; /* 0: every interface */
 	__u32 reason;  /* 0: every reason */
-	__u32 pad;
+	__u32 lost;    /* events that found the buffer full, counted by the programs */
 };
 
 /* map "events", ring buffer (perf event array below 5.8) */

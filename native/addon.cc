@@ -13,6 +13,7 @@
 #include "bpf.h"
 #include "connect.h"
 #include "error.h"
+#include "events.h"
 #include "errors_js.h"
 #include "faults.h"
 #include "features.h"
@@ -537,6 +538,38 @@ Napi::Value deleteCounters(const Info &info) {
   return number(info, delete_counters(state, static_cast<uint32_t>(to_integer(info[1], "ifindex", 0, INT32_MAX))));
 }
 
+// Both fields: 0 is every interface and every reason.
+Napi::Value setTrace(const Info &info) {
+  State &state = to_state(info);
+  struct trace wanted = {};
+  if (!info[1].IsNull()) {
+    Fields filter(info[1], "filter");
+    wanted.on = 1;
+    wanted.ifindex = filter.u32("ifindex");
+    if (!filter.at("reason").IsNull()) wanted.reason = filter.word("reason", REASONS);
+  }
+  uint32_t key = 0;
+  update(state.fd(TRACE), &key, &wanted, Update::any, "trace");
+  return info.Env().Undefined();
+}
+
+Napi::Value getTrace(const Info &info) {
+  State &state = to_state(info);
+  struct trace found = {};
+  uint32_t key = 0;
+  lookup(state.fd(TRACE), &key, &found, "trace");
+  Napi::Object object = Napi::Object::New(info.Env());
+  object.Set("on", boolean(info, found.on));
+  object.Set("lost", found.lost);
+  return object;
+}
+
+Napi::Value followEvents(const Info &info) {
+  State &state = to_state(info);
+  if (!info[1].IsFunction()) wrong_argument("onEvents", "a function");
+  return follow_events(info.Env(), state, info[1].As<Napi::Function>());
+}
+
 Napi::Value mapUsage(const Info &info) {
   return array_of(info.Env(), map_usage(to_state(info)), [&](const MapUsage &usage) {
     Napi::Object object = Napi::Object::New(info.Env());
@@ -722,6 +755,25 @@ Napi::Value listeners(const Info &info) {
   });
 }
 
+const Name TCP_STATES[] = {{"established", 1}, {"syn_sent", 2},   {"syn_recv", 3}, {"fin_wait1", 4},
+                           {"fin_wait2", 5},   {"time_wait", 6},  {"close", 7},    {"close_wait", 8},
+                           {"last_ack", 9},    {"listen", 10},    {"closing", 11}, {"syn_recv", 12},
+                           {nullptr, 0}};
+
+Napi::Value connections(const Info &info) {
+  Napi::Env env = info.Env();
+  return array_of(env, ambient::connections(to_netns(info[0], "netns")), [&](const TcpConnection &connection) {
+    Napi::Object object = Napi::Object::New(env);
+    const char *state = word_of(TCP_STATES, connection.state);
+    object.Set("state", state ? state : std::to_string(connection.state));
+    object.Set("local", bytes_object(env, connection.local, 16));
+    object.Set("localPort", connection.local_port);
+    object.Set("remote", bytes_object(env, connection.remote, 16));
+    object.Set("remotePort", connection.remote_port);
+    return object;
+  });
+}
+
 SocketAddress to_socket_address(const Fields &fields, const char *address_name, const char *port_name) {
   std::string text = fields.text(address_name, 64);
   auto address = socket_address(text, fields.port(port_name));
@@ -890,6 +942,9 @@ const Export FUNCTIONS[] = {
     EXPORT(listExclusions),
     EXPORT(counters),
     EXPORT(deleteCounters),
+    EXPORT(setTrace),
+    EXPORT(getTrace),
+    EXPORT(followEvents),
     EXPORT(mapUsage),
     EXPORT(loadPrograms),
     EXPORT(openProgram),
@@ -907,6 +962,7 @@ const Export FUNCTIONS[] = {
     EXPORT(attachFilter),
     EXPORT(deleteFilter),
     EXPORT(listeners),
+    EXPORT(connections),
     EXPORT(listenTransparent),
     EXPORT(connectTransparent),
     EXPORT(listenPlain),

@@ -36,7 +36,7 @@ export function address(last: number): Uint8Array {
 
 export function attachmentRecord(): AttachmentRecord {
   return {
-    layout: 1,
+    layout: 2,
     state: 'attached',
     role: 'pod',
     contract: 'shared',

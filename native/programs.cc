@@ -96,13 +96,15 @@ void load_programs(const State &state, const std::string &dir, const std::string
   constants->mark_to_proxy = settings.mark_to_proxy;
   constants->mark_tproxy = settings.mark_tproxy;
   for (int i = 0; i < 5; i++) constants->sign[i] = settings.sign[i];
-  constants->use_redirect_peer = kernel.redirect_peer && !(settings.variant & VARIANT_NO_REDIRECT_PEER);
-  constants->use_check_mtu = kernel.check_mtu;
-  constants->use_check_syncookie = kernel.tcp_check_syncookie;
-  constants->use_sk_assign = kernel.sk_assign && !(settings.variant & VARIANT_NO_SK_ASSIGN);
-  constants->use_sk_lookup = kernel.sk_lookup && !(settings.variant & VARIANT_NO_SK_LOOKUP);
+  // A kernel that knows full sockets only (4.20, 5.1) has none of what came later.
+  const bool old = !kernel.skc_lookup || settings.variant & VARIANT_FULL_SOCKETS_ONLY;
+  constants->full_sockets_only = old;
+  constants->use_redirect_peer = !old && kernel.redirect_peer && !(settings.variant & VARIANT_NO_REDIRECT_PEER);
+  constants->use_check_mtu = !old && kernel.check_mtu;
+  constants->use_check_syncookie = !old && kernel.tcp_check_syncookie;
+  constants->use_sk_assign = !old && kernel.sk_assign && !(settings.variant & VARIANT_NO_SK_ASSIGN);
+  constants->use_sk_lookup = !old && kernel.sk_lookup && !(settings.variant & VARIANT_NO_SK_LOOKUP);
   constants->use_ringbuf = map_info(state.fd(EVENTS), "events").type == BPF_MAP_TYPE_RINGBUF;
-  constants->full_sockets_only = !kernel.skc_lookup || settings.variant & VARIANT_FULL_SOCKETS_ONLY;
   if (!constants->use_sk_lookup) bpf_program__set_autoload(skeleton->progs.proxy_lookup, false);
 
   for (int i = 0; i < SETTINGS; i++) {

@@ -42,6 +42,20 @@ const udp = Uint8Array.from(
   ),
 );
 
+const USED_BY_POD_EGRESS = [
+  'interfaces',
+  'endpoints',
+  'proxies',
+  'flows',
+  'direct',
+  'exclusions',
+  'fragments',
+  'resolvers',
+  'trace',
+  'events',
+  'counters',
+];
+
 describe('loadPrograms', () => {
   test('pins every program under its tag, by its name', () => {
     const { dir } = stateDirectory(bed);
@@ -59,7 +73,7 @@ describe('loadPrograms', () => {
         type: string;
       };
       expect(info).toEqual({ id: shown.id, name, tag: shown.tag });
-      expect(shown.type).toBe('sched_cls');
+      expect(shown.type).toBe(name === 'proxy_lookup' ? 'sk_lookup' : 'sched_cls');
       expect(native.programById(info.id)).toEqual(info);
     }
   });
@@ -67,7 +81,7 @@ describe('loadPrograms', () => {
   test('uses the maps of the state directory, for which no other is made', () => {
     const { dir } = stateDirectory(bed);
     const ids = new Set<number>();
-    for (const name of ['interfaces', 'endpoints', 'proxies', 'flows', 'direct', 'counters']) {
+    for (const name of USED_BY_POD_EGRESS) {
       ids.add((JSON.parse(must(['bpftool', '-j', 'map', 'show', 'pinned', join(dir, name)])) as { id: number }).id);
     }
     const { map_ids } = JSON.parse(

@@ -98,6 +98,44 @@ std::vector<Listener> listeners(int netns) {
   return found;
 }
 
+std::vector<TcpConnection> connections(int netns) {
+  NetlinkSocket socket(netns, NETLINK_SOCK_DIAG);
+  std::vector<TcpConnection> found;
+  auto to_16_bytes = [](uint8_t family, const uint32_t *address, uint8_t *out) {
+    if (family == AF_INET6) {
+      memcpy(out, address, 16);
+      return;
+    }
+    memset(out, 0, 10);
+    out[10] = out[11] = 0xff;
+    memcpy(out + 12, address, 4);
+  };
+  for (uint8_t family : {AF_INET, AF_INET6}) {
+    Request request(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP);
+    inet_diag_req_v2 wanted = {};
+    wanted.sdiag_family = family;
+    wanted.sdiag_protocol = IPPROTO_TCP;
+    wanted.idiag_states = 0xfff & ~(1 << TCP_LISTEN | 1 << TCP_TIME_WAIT | 1 << TCP_CLOSE);
+    request.append(wanted);
+    const size_t before = found.size();
+    socket.dump(
+        request, "SOCK_DIAG_BY_FAMILY", "TCP connections of " + netns_text(netns),
+        [&](const nlmsghdr *message) {
+          if (message->nlmsg_type != SOCK_DIAG_BY_FAMILY) return;
+          auto *entry = static_cast<const inet_diag_msg *>(NLMSG_DATA(message));
+          TcpConnection connection = {};
+          to_16_bytes(entry->idiag_family, entry->id.idiag_src, connection.local);
+          to_16_bytes(entry->idiag_family, entry->id.idiag_dst, connection.remote);
+          connection.local_port = ntohs(entry->id.idiag_sport);
+          connection.remote_port = ntohs(entry->id.idiag_dport);
+          connection.state = entry->idiag_state;
+          found.push_back(connection);
+        },
+        [&] { found.resize(before); });
+  }
+  return found;
+}
+
 std::optional<SocketAddress> socket_address(const std::string &address, uint16_t port) {
   SocketAddress result = {};
   auto *v4 = reinterpret_cast<sockaddr_in *>(&result.storage);

@@ -27,6 +27,16 @@ struct Listener {
 };
 std::vector<Listener> listeners(int netns);
 
+struct TcpConnection {
+  uint8_t local[16];   // IPv4 as ::ffff:a.b.c.d
+  uint8_t remote[16];
+  uint16_t local_port;
+  uint16_t remote_port;
+  uint8_t state;  // TCP_* of linux/tcp_states.h
+};
+// TCP sockets that are neither listening nor closed nor in TIME_WAIT.
+std::vector<TcpConnection> connections(int netns);
+
 struct SocketAddress {
   sockaddr_storage storage;
   socklen_t size;

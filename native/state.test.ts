@@ -4,7 +4,7 @@ import { join } from 'node:path';
 import { Worker } from 'node:worker_threads';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { must, Testbed } from '../conformance/netns.ts';
-import type { AttachmentRecord, State } from '../plugin/native.ts';
+import type { AttachmentRecord, ExclusionRule, State } from '../plugin/native.ts';
 import {
   address,
   attachmentRecord,
@@ -19,7 +19,23 @@ import {
   WANTED,
 } from './native.testing.ts';
 
-const MAPS = ['attachments', 'counters', 'direct', 'endpoints', 'flows', 'interfaces', 'proxies', 'settings'];
+const MAPS = [
+  'attachments',
+  'counters',
+  'direct',
+  'endpoints',
+  'events',
+  'exclusions',
+  'flows',
+  'fragments',
+  'interfaces',
+  'listeners',
+  'proxies',
+  'resolvers',
+  'reused',
+  'settings',
+  'trace',
+];
 
 let bed: Testbed;
 let dir: string;
@@ -56,6 +72,13 @@ describe('createState', () => {
       counters: { type: 'percpu_hash', bytes_key: 8, bytes_value: 16, max_entries: 512, flags: noPrealloc },
       direct: { type: 'hash_of_maps', bytes_key: 4, max_entries: 16, flags: noPrealloc },
       endpoints: { type: 'hash', bytes_key: 16, bytes_value: sizes.endpoint, max_entries: 64, flags: noPrealloc },
+      events: { type: 'ringbuf', max_entries: 1 << 20 },
+      exclusions: { type: 'hash_of_maps', bytes_key: 4, max_entries: 16, flags: noPrealloc },
+      fragments: { type: 'lru_hash', bytes_key: 40, bytes_value: 36, max_entries: 4096 },
+      listeners: { type: 'sockhash', bytes_key: 8, bytes_value: 8, max_entries: 64 },
+      resolvers: { type: 'lru_hash', bytes_key: 20, bytes_value: 16, max_entries: 16384 },
+      reused: { type: 'lru_hash', bytes_key: sizes.tuple, bytes_value: 8, max_entries: 4096 },
+      trace: { type: 'array', bytes_key: 4, bytes_value: 16, max_entries: 1 },
       flows: { type: 'lru_hash', bytes_key: sizes.tuple, bytes_value: sizes.flow, max_entries: 1024 },
       interfaces: { type: 'hash', bytes_key: 4, bytes_value: sizes.interface, max_entries: 16, flags: noPrealloc },
       proxies: { type: 'hash', bytes_key: 4, bytes_value: sizes.proxies, max_entries: 1, flags: noPrealloc },
@@ -172,7 +195,7 @@ describe('openState', () => {
   }
 
   test.each([
-    ['a later layout', 2, 200],
+    ['a later layout', 3, 200],
     ['an earlier layout of another size', 0, 8],
   ])('%s: EPROTO that names found and wanted', (_, layout, size) => {
     native.createState(dir, WANTED);
@@ -180,7 +203,7 @@ describe('openState', () => {
     for (const action of [() => native.openState(dir), () => native.createState(dir, WANTED)]) {
       expect(failure(action)).toMatchObject({
         code: 'EPROTO',
-        message: `bpf(BPF_OBJ_GET) ${dir}/settings has layout ${layout}, this program wants layout 1: EPROTO`,
+        message: `bpf(BPF_OBJ_GET) ${dir}/settings has layout ${layout}, this program wants layout 2: EPROTO`,
       });
     }
   });
@@ -435,6 +458,31 @@ describe('direct flows and usage', () => {
     expect(native.listDirectFlows(state)).toEqual([300]);
   });
 
+  test('exclusions are replaced whole and read back', () => {
+    const state = created();
+    const port = (number: number, length = 16): ExclusionRule => ({
+      kind: 'inbound_port',
+      value: bytes(16)
+        .fill(0)
+        .with(0, number >> 8)
+        .with(1, number & 0xff),
+      length,
+      excluded: true,
+    });
+    const cidr: ExclusionRule = { kind: 'outbound_address', value: address(3), length: 128, excluded: false };
+    expect(native.getExclusions(state, 7)).toEqual([]);
+    native.putExclusions(state, 7, [port(80), port(0x2000, 3), cidr]);
+    expect(native.getExclusions(state, 7)).toHaveLength(3);
+    expect(native.getExclusions(state, 7)).toEqual(expect.arrayContaining([port(80), port(0x2000, 3), cidr]));
+    native.putExclusions(state, 7, [port(443)]);
+    native.putExclusions(state, 8, []);
+    expect(native.getExclusions(state, 7)).toEqual([port(443)]);
+    expect(native.listExclusions(state).sort()).toEqual([7, 8]);
+    expect(native.deleteExclusions(state, 7)).toBe(true);
+    expect(native.deleteExclusions(state, 7)).toBe(false);
+    expect(native.getExclusions(state, 7)).toEqual([]);
+  });
+
   test('usage counts entries and bytes, inner maps included', () => {
     const state = created();
     const usage = (name: string) => native.mapUsage(state).find(({ map }) => map === name);
@@ -444,6 +492,13 @@ describe('direct flows and usage', () => {
       ['proxies', 0, 1],
       ['flows', 0, 1024],
       ['direct', 0, 16],
+      ['exclusions', 0, 16],
+      ['fragments', 0, 4096],
+      ['resolvers', 0, 16384],
+      ['listeners', 0, 64],
+      ['reused', 0, 4096],
+      ['trace', 1, 1],
+      ['events', 0, 1 << 20],
       ['counters', 0, 512],
       ['attachments', 0, 32],
       ['settings', 1, 1],

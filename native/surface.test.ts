@@ -79,6 +79,13 @@ const proxies: Kind = {
   wrong: [...never, {}, 1, '', Array.from({ length: 5 }, () => proxyRecord())],
 };
 
+const exclusionRules: Kind = {
+  right: () => [{ kind: 'inbound_port', value: bytes(16), length: 16, excluded: true }],
+  wrong: [...never, {}, 1, '', [1], Array.from({ length: 4097 }, () => null)],
+};
+const traceFilter: Kind = { right: () => ({ ifindex: 0, reason: null }), wrong: [undefined, 1, '', true] };
+const callback: Kind = { right: () => () => {}, wrong: [undefined, null, {}, 1, ''] };
+
 /** Every function of plugin/native.ts and its parameters in order. */
 const functions: Record<
   {
@@ -214,10 +221,33 @@ const functions: Record<
     ['ifindex', ifindex],
   ],
   listDirectFlows: [['state', stateKind]],
+  putExclusions: [
+    ['state', stateKind],
+    ['ifindex', ifindex],
+    ['rules', exclusionRules],
+  ],
+  deleteExclusions: [
+    ['state', stateKind],
+    ['ifindex', ifindex],
+  ],
+  getExclusions: [
+    ['state', stateKind],
+    ['ifindex', ifindex],
+  ],
+  listExclusions: [['state', stateKind]],
   counters: [['state', stateKind]],
   deleteCounters: [
     ['state', stateKind],
     ['ifindex', anyIfindex],
+  ],
+  setTrace: [
+    ['state', stateKind],
+    ['filter', traceFilter],
+  ],
+  getTrace: [['state', stateKind]],
+  followEvents: [
+    ['state', stateKind],
+    ['onEvents', callback],
   ],
   mapUsage: [['state', stateKind]],
   loadPrograms: [
@@ -242,6 +272,11 @@ const functions: Record<
     ['direction', direction],
     ['programFd', fd],
     ['order', order],
+    ['pinPath', path],
+  ],
+  attachLookup: [
+    ['netns', fd],
+    ['programFd', fd],
     ['pinPath', path],
   ],
   queryTcx: [
@@ -278,6 +313,7 @@ const functions: Record<
     ['filter', object(() => ({ priority: 1, handle: 1 }))],
   ],
   listeners: [['netns', netns]],
+  connections: [['netns', netns]],
   listenTransparent: [
     ['netns', netns],
     [
@@ -525,6 +561,8 @@ describe('a descriptor that is not open is EBADF', () => {
       native.attachFilter(CLOSED, 1, 'ingress', CLOSED, { priority: 1, handle: 1, name: '', replace: false }),
     deleteFilter: () => native.deleteFilter(CLOSED, 1, 'ingress', { priority: 1, handle: 1 }),
     listeners: () => native.listeners(CLOSED),
+    connections: () => native.connections(CLOSED),
+    attachLookup: () => native.attachLookup(CLOSED, CLOSED, '/sys/fs/bpf/none'),
     listenPlain: () => native.listenPlain(CLOSED, { address: '127.0.0.1', port: 0, backlog: 1 }),
   };
   const here = currentNetns();

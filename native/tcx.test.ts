@@ -53,7 +53,14 @@ describe('a TCX link', () => {
     expect(currentNetns()).toBe(here);
     expect(native.queryTcx(netns, ifindex, 'ingress')).toEqual([{ programId: id(egress), linkId }]);
     expect(native.queryTcx(netns, ifindex, 'egress')).toEqual([]);
-    expect(native.linkInfo(pin)).toEqual({ linkId, programId: id(egress), ifindex, direction: 'ingress' });
+    expect(native.linkInfo(pin)).toEqual({
+      kind: 'tcx',
+      linkId,
+      programId: id(egress),
+      ifindex,
+      direction: 'ingress',
+      netnsIno: 0n,
+    });
     const shown = JSON.parse(must(['bpftool', '-j', 'link', 'show', 'pinned', pin])) as { id: number; prog_id: number };
     expect(shown).toMatchObject({ id: linkId, prog_id: id(egress) });
     expect(native.detachLink(pin)).toBe(true);

@@ -194,6 +194,34 @@ export interface ProxyRecord {
   ports: { outbound: number; inboundPlaintext: number; inboundHBONE: number; dns: number };
 }
 
+export interface TraceEvent {
+  /** CLOCK_MONOTONIC, nanoseconds */
+  time: bigint;
+  /** host-side interface; 0 for proxy_ingress */
+  ifindex: number;
+  program: ProgramName;
+  reason: string;
+  /** bytes, with the Ethernet header */
+  length: number;
+  /** 0: the packet was not parsed, and what follows says nothing */
+  family: 0 | 4 | 6;
+  /** TCP's; 0 for other packets */
+  flags: number;
+  source: Address;
+  destination: Address;
+  sourcePort: number;
+  destinationPort: number;
+}
+
+export interface TcpConnection {
+  /** "established", "syn_recv", "fin_wait2", ... */
+  state: string;
+  local: Address;
+  localPort: number;
+  remote: Address;
+  remotePort: number;
+}
+
 /** The longest prefix that matches decides. */
 export interface ExclusionRule {
   kind: 'inbound_port' | 'outbound_port' | 'outbound_address';
@@ -345,6 +373,15 @@ export interface Native {
   counters(state: State): Counter[];
   /** forgets an interface's counters */
   deleteCounters(state: State, ifindex: number): number;
+  /** What the programs report as events; null: nothing. Sets the number of lost ones to 0. */
+  setTrace(state: State, filter: { ifindex: number; reason: string | null } | null): void;
+  /** `lost`: events that found the buffer full since setTrace */
+  getTrace(state: State): { on: boolean; lost: number };
+  /**
+   * Calls `onEvents` whenever the programs have reported, until the returned function is called; keeps the process
+   * alive until then. What is in the buffer at the call is thrown away. One reader at a time.
+   */
+  followEvents(state: State, onEvents: (events: TraceEvent[]) => void): () => void;
   /** per map: entries in use, capacity, bytes as the kernel accounts them (fdinfo memlock); inner maps summed */
   mapUsage(state: State): { map: string; entries: number; capacity: number; bytes: number }[];
 
@@ -404,6 +441,8 @@ export interface Native {
   // --- sockets ---------------------------------------------------------------------------------------------------
   /** listening TCP sockets of a netns (sock_diag) */
   listeners(netns: number): Listener[];
+  /** TCP sockets of a netns (sock_diag) that are neither listening nor closed nor in TIME_WAIT */
+  connections(netns: number): TcpConnection[];
   /** IP_TRANSPARENT listener, non-blocking, for net.Server.listen({fd}); closed by its owner */
   listenTransparent(
     netns: number,

@@ -19,7 +19,7 @@ export function reasonsInSource(): Map<string, Set<string>> {
   )) {
     bodies.set(name, body);
   }
-  const programs = [...text.matchAll(/^SEC\("tc"\)\nint (\w+)\(/gm)].map(([, name = '']) => name);
+  const programs = [...text.matchAll(/^SEC\("(?:tc|sk_lookup)"\)\nint (\w+)\(/gm)].map(([, name = '']) => name);
   return new Map(programs.map((program) => [program, reasonsOf(program, bodies, new Set())]));
 }
 
