@@ -40,7 +40,6 @@ import {
   ensurePrograms,
   ensureState,
   hasCode,
-  isNativeError,
   kernelReason,
   knownStateDirs,
   openState,
@@ -380,13 +379,15 @@ function attachFilter(
     while (present.some((filter) => filter.priority === priority)) priority++;
   }
   const filter = { priority, handle: FILTER_HANDLE };
-  noteHook(attachment, { ...hookRecord(hook, programId), kind: 'clsact', ...filter });
+  const noted: HookRecord = { ...hookRecord(hook, programId), kind: 'clsact', ...filter };
+  noteHook(attachment, noted);
+  // Pushed first: where the kernel's answer is lost, the request may have been carried out.
+  undo.push(() => removeFilter(native, where, noted));
   native.attachFilter(where, hook.ifindex, hook.direction, program, {
     ...filter,
     name: filterName(hook),
     replace: true,
   });
-  undo.push(() => native.deleteFilter(where, hook.ifindex, hook.direction, filter));
 }
 
 /** Ahead of the attach: a record that names the place lets DEL find what is there. */
@@ -420,11 +421,14 @@ function routing(config: RedirectConfig): { rules: Rule[]; routes: LocalRoute[] 
 function addRouting({ native, config, netns, undo, target }: Attachment): void {
   const { rules, routes } = routing(config);
   try {
+    // Pushed first: where the kernel's answer is lost, the request may have been carried out.
     for (const route of routes) {
-      if (native.addLocalRoute(netns, route)) undo.push(() => native.deleteLocalRoute(netns, route));
+      undo.push(() => native.deleteLocalRoute(netns, route));
+      if (!native.addLocalRoute(netns, route)) undo.pop();
     }
     for (const rule of rules) {
-      if (native.addRule(netns, rule)) undo.push(() => native.deleteRule(netns, rule));
+      undo.push(() => native.deleteRule(netns, rule));
+      if (!native.addRule(netns, rule)) undo.pop();
     }
   } catch (error) {
     throw stepError(Code.ATTACH_FAILED, `add the proxy's rule and route in ${target.netnsPath}`, error);
@@ -562,7 +566,8 @@ function inOwnNetns(native: Native, record: AttachmentRecord, body: (netns: numb
   try {
     netns = native.openNetns(record.netnsPath);
   } catch (error) {
-    if (isNativeError(error)) return; // gone, or a plain file in its place: what was inside is gone with it
+    // Gone, or another kind of file in its place: what was inside is gone with it. Anything else is worth another DEL.
+    if (hasCode(error, 'ENOENT', 'ENOTDIR', 'EINVAL', 'ENXIO', 'ELOOP')) return;
     throw error;
   }
   try {

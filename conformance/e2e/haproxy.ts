@@ -108,7 +108,7 @@ export class HAProxy {
 
   /** What was proxied so far, in order. A connection appears when the one towards the server is established. */
   proxied(): Proxied[] {
-    const lines = `${this.#log}${this.#process?.output ?? ''}`.matchAll(/^conn (\w+) (\S+) (\d+) (\S+) (\d+)$/gm);
+    const lines = readFileSync(this.#log, 'utf8').matchAll(/^conn (\w+) (\S+) (\d+) (\S+) (\d+)$/gm);
     return [...lines].map(([, listener, client, clientPort, destination, destinationPort]) => ({
       listener: listener as Listener,
       client: client ?? '',
