@@ -10,6 +10,7 @@
 #include <new>
 
 #include "arguments.h"
+#include "background.h"
 #include "bpf.h"
 #include "connect.h"
 #include "error.h"
@@ -23,6 +24,7 @@
 #include "programs.h"
 #include "records.h"
 #include "routing.h"
+#include "sha256.h"
 #include "sockets.h"
 #include "state.h"
 #include "tc.h"
@@ -458,7 +460,7 @@ Napi::Value putDirectFlows(const Info &info) {
 Napi::Value deleteDirectFlows(const Info &info) {
   State &state = to_state(info);
   uint32_t ifindex = to_ifindex(info[1], "ifindex");
-  return boolean(info, erase(state.fd(DIRECT), &ifindex, "direct"));
+  return boolean(info, delete_direct_flows(state, ifindex));
 }
 
 Napi::Value listDirectFlows(const Info &info) {
@@ -731,6 +733,16 @@ Napi::Value connectTransparent(const Info &info) {
   return await_connection(info.Env(), std::move(socket), object, timeout_ms);
 }
 
+// ---- keys ----
+
+Napi::Value sha256(const Info &info) {
+  if (!info[0].IsTypedArray() || info[0].As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array) {
+    wrong_argument("bytes", "a Uint8Array");
+  }
+  auto bytes = info[0].As<Napi::Uint8Array>();
+  return Napi::String::New(info.Env(), sha256_hex(bytes.Data(), bytes.ByteLength()));
+}
+
 // ---- kernel ----
 
 Napi::Value features(const Info &info) {
@@ -848,6 +860,7 @@ const Export FUNCTIONS[] = {
     EXPORT(listenTransparent),
     EXPORT(connectTransparent),
     EXPORT(listenPlain),
+    EXPORT(sha256),
     EXPORT(features),
 #ifdef AMBIENT_FAULTS
     EXPORT(failKernelCall),
@@ -877,6 +890,9 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
 #endif
   // libbpf writes warnings to stderr unless told otherwise; programs.cc collects them when they matter.
   libbpf_set_print(nullptr);
+
+  napi_add_env_cleanup_hook(
+      env, [](void *) { join_background(); }, nullptr);
 
   std::vector<napi_property_descriptor> properties;
   properties.reserve(std::size(FUNCTIONS) + 8);

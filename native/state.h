@@ -52,6 +52,7 @@ void create_state(const std::string &dir, const WantedState &wanted);
 std::vector<std::string> keys(const State &state, Map map);
 
 void put_direct_flows(const State &state, uint32_t ifindex, uint32_t entries, bool replace);
+bool delete_direct_flows(const State &state, uint32_t ifindex);
 
 struct CounterSum {
   struct counter_key key;

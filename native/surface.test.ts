@@ -304,6 +304,7 @@ const functions: Record<
     ['netns', netns],
     ['options', object(() => ({ address: '127.0.0.1', port: 0, backlog: 1 }))],
   ],
+  sha256: [['bytes', packet]],
   features: [],
   // Only in the fault-injecting build.
   failKernelCall: [
