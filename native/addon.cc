@@ -166,6 +166,18 @@ Napi::Value linkByIndex(const Info &info) {
   return link_value(info.Env(), link_by_index(netns, to_ifindex(info[1], "ifindex")));
 }
 
+Napi::Value acceptLocal(const Info &info) {
+  int netns = to_netns(info[0], "netns");
+  return boolean(info, accept_local(netns, to_ifindex(info[1], "ifindex")));
+}
+
+Napi::Value setAcceptLocal(const Info &info) {
+  int netns = to_netns(info[0], "netns");
+  uint32_t ifindex = to_ifindex(info[1], "ifindex");
+  set_accept_local(netns, ifindex, to_boolean(info[2], "on"));
+  return info.Env().Undefined();
+}
+
 Napi::Value linkAddresses(const Info &info) {
   int netns = to_netns(info[0], "netns");
   auto addresses = link_addresses(netns, to_ifindex(info[1], "ifindex"));
@@ -811,6 +823,8 @@ const Export FUNCTIONS[] = {
     EXPORT(linkByName),
     EXPORT(linkByIndex),
     EXPORT(linkAddresses),
+    EXPORT(acceptLocal),
+    EXPORT(setAcceptLocal),
     EXPORT(qdiscs),
     EXPORT(addRule),
     EXPORT(deleteRule),

@@ -110,6 +110,9 @@ export function attach(native: Native, config: RedirectConfig, target: Target): 
     const programTag = ensurePrograms(native, state, config);
     removeDeadProxies(native, state, config.runDir);
     removeOld(native, config, state, target, facts);
+    // What the record says is put back by DEL, so it is written before the change.
+    const accepts = target.role !== 'proxy' || native.acceptLocal(netns, facts.pod.ifindex);
+    const acceptLocalFlag = accepts ? 0 : (native.flags.INTERFACE_ACCEPT_LOCAL ?? 0);
     const attachment: Attachment = {
       native,
       config,
@@ -118,7 +121,7 @@ export function attach(native: Native, config: RedirectConfig, target: Target): 
       netns,
       facts,
       plan,
-      record: newRecord(native, target, facts, plan, programTag),
+      record: newRecord(native, target, facts, plan, programTag, acceptLocalFlag),
       undo: [],
     };
     return attachAll(attachment);
@@ -418,9 +421,15 @@ function routing(config: RedirectConfig): { rules: Rule[]; routes: LocalRoute[] 
   };
 }
 
-function addRouting({ native, config, netns, undo, target }: Attachment): void {
+function addRouting({ native, config, netns, undo, target, facts, record }: Attachment): void {
   const { rules, routes } = routing(config);
   try {
+    // The proxy may send to a flow of its own: a pod that asks for the proxy's address, ztunnel's second leg. IPv4
+    // refuses such a packet when it comes back with the namespace's own source address; IPv6 does not.
+    if (leavesAcceptLocal(native, record)) {
+      undo.push(() => native.setAcceptLocal(netns, facts.pod.ifindex, false));
+      native.setAcceptLocal(netns, facts.pod.ifindex, true);
+    }
     // Pushed first: where the kernel's answer is lost, the request may have been carried out.
     for (const route of routes) {
       undo.push(() => native.deleteLocalRoute(netns, route));
@@ -499,7 +508,15 @@ export function detachRecord(
   native.deleteAttachment(state, key);
 }
 
+/** accept_local was off, so it is set by ADD and reset by DEL. */
+function leavesAcceptLocal(native: Native, { role, flags }: AttachmentRecord): boolean {
+  return role === 'proxy' && (flags & (native.flags.INTERFACE_ACCEPT_LOCAL ?? 0)) !== 0;
+}
+
 function leaveProxyNetns(native: Native, state: State, netns: number, record: AttachmentRecord): void {
+  if (leavesAcceptLocal(native, record) && native.linkByIndex(netns, record.podIfindex) !== null) {
+    native.setAcceptLocal(netns, record.podIfindex, false);
+  }
   for (const hook of record.hooks) {
     if (hook.kind === 'clsact' && hook.inNetns) removeFilter(native, netns, hook);
   }
@@ -725,6 +742,7 @@ function newRecord(
   facts: HostFacts,
   plan: AttachPlan,
   programTag: string,
+  acceptLocalFlag: number,
 ): AttachmentRecord {
   if (plan.addresses.length > MAX_ADDRESSES) {
     throw new CniError(
@@ -735,7 +753,7 @@ function newRecord(
   }
   return {
     ...emptyRecord(native, target),
-    flags: plan.flags,
+    flags: plan.flags | acceptLocalFlag,
     hostIfindex: facts.host.ifindex,
     podIfindex: facts.pod.ifindex,
     nsid: facts.nsid,

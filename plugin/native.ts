@@ -264,6 +264,9 @@ export interface Native {
   linkByName(netns: number, name: string): Link | null;
   linkByIndex(netns: number, ifindex: number): Link | null;
   linkAddresses(netns: number, ifindex: number): LinkAddress[];
+  /** net.ipv4.conf.DEVICE.accept_local: packets with a source address of this namespace are taken from outside */
+  acceptLocal(netns: number, ifindex: number): boolean;
+  setAcceptLocal(netns: number, ifindex: number, on: boolean): void;
   qdiscs(netns: number, ifindex: number): Qdisc[];
 
   // --- routing in the proxy's netns; existing identical entries are not an error (returns false) -----------------
