@@ -182,10 +182,10 @@ export const delRules: Rule[] = [
     async run(subject, version) {
       await subject.needState();
       const pod = subject.pod();
-      const before = await subject.state(pod);
+      const before = await subject.stateWithSysctls(pod);
       await subject.add(pod, version);
       await subject.del(pod, version);
-      subject.same(before, await subject.state(pod), 'left behind by DEL');
+      subject.same(before, await subject.stateWithSysctls(pod), 'left behind by DEL');
     },
   },
   {
@@ -195,12 +195,12 @@ export const delRules: Rule[] = [
     title: 'DEL after the namespace went leaves nothing on the node',
     async run(subject) {
       await subject.needState();
-      const before = await subject.state();
+      const before = await subject.stateWithSysctls();
       const pod = subject.pod();
       await subject.add(pod);
       await pod.vanish(subject.node);
       await subject.del(pod);
-      subject.same(before, await subject.state(), 'left behind by DEL');
+      subject.same(before, await subject.stateWithSysctls(), 'left behind by DEL');
     },
   },
   {
