@@ -84,6 +84,8 @@ function buildAddons(parts) {
     nodeGyp('configure');
     stamp('configure', layout);
   }
+  // By a make of its own: one that compiles too may have looked at the skeleton's age before it wrote it anew.
+  nodeGyp('build', 'bpf');
   nodeGyp('build', '--jobs=max', ...stale.map((part) => TARGETS[part]));
   for (const part of stale) stamp(`addon-${part}`, inputs);
 }

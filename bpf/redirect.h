@@ -96,6 +96,7 @@ enum reason {
 #define INTERFACE_NO_OUTBOUND (1u << 7)   /* proxy.ports.outbound is 0 */
 #define INTERFACE_NO_PLAINTEXT (1u << 8)  /* proxy.ports.inboundPlaintext is 0 */
 #define INTERFACE_NO_HBONE (1u << 9)      /* proxy.ports.inboundHBONE is 0 */
+#define INTERFACE_ACCEPT_LOCAL (1u << 10) /* a proxy's attachment: accept_local was off before */
 
 /* map "interfaces", hash: host-side ifindex -> */
 struct interface {

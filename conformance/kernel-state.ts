@@ -75,9 +75,9 @@ async function namespaceState(namespace: Namespace, options: StateOptions): Prom
   const [links, addresses, neighbours, rules4, rules6, routes4, routes6, qdiscs] = listing
     .split('\x1e')
     .map((text) => (text.trim() === '' ? [] : (JSON.parse(text) as Row[])));
-  const names = (links ?? []).map((link) => String(link.ifname));
+  const queued = new Set((qdiscs ?? []).filter((one) => one.kind !== 'noqueue').map((one) => String(one.dev)));
   const [filters, nft, sysctls, tcx] = await Promise.all([
-    filterRows(namespace, names),
+    filterRows(namespace, [...queued]),
     inNamespace(namespace, 'if command -v nft >/dev/null; then nft -s list ruleset; fi'),
     options.sysctls === false ? '' : inNamespace(namespace, 'cd /proc/sys/net && grep -rs . . ; true'),
     tool(['tcx'], namespace),
@@ -123,9 +123,10 @@ function numbered(kind: string, rules: readonly Row[]): Rows {
   });
 }
 
+/** Filters of the interfaces that have a qdisc; there are none without. */
 async function filterRows(namespace: Namespace, names: readonly string[]): Promise<Rows> {
+  if (names.length === 0) return [];
   const commands = names.flatMap((name) => ['', 'ingress', 'egress'].map((parent) => ({ name, parent })));
-  // One tc for all: with -force a hook that is absent ends that command only. -batch prints one document a command.
   const script = commands
     .map(({ name, parent }) => `tc -j filter show dev '${name}' ${parent} 2>/dev/null; printf '\\036'`)
     .join('; ');

@@ -10,6 +10,7 @@
 #include <new>
 
 #include "arguments.h"
+#include "background.h"
 #include "bpf.h"
 #include "connect.h"
 #include "error.h"
@@ -24,6 +25,7 @@
 #include "programs.h"
 #include "records.h"
 #include "routing.h"
+#include "sha256.h"
 #include "sockets.h"
 #include "state.h"
 #include "tc.h"
@@ -163,6 +165,18 @@ Napi::Value linkByName(const Info &info) {
 Napi::Value linkByIndex(const Info &info) {
   int netns = to_netns(info[0], "netns");
   return link_value(info.Env(), link_by_index(netns, to_ifindex(info[1], "ifindex")));
+}
+
+Napi::Value acceptLocal(const Info &info) {
+  int netns = to_netns(info[0], "netns");
+  return boolean(info, accept_local(netns, to_ifindex(info[1], "ifindex")));
+}
+
+Napi::Value setAcceptLocal(const Info &info) {
+  int netns = to_netns(info[0], "netns");
+  uint32_t ifindex = to_ifindex(info[1], "ifindex");
+  set_accept_local(netns, ifindex, to_boolean(info[2], "on"));
+  return info.Env().Undefined();
 }
 
 Napi::Value linkAddresses(const Info &info) {
@@ -470,7 +484,7 @@ Napi::Value putDirectFlows(const Info &info) {
 Napi::Value deleteDirectFlows(const Info &info) {
   State &state = to_state(info);
   uint32_t ifindex = to_ifindex(info[1], "ifindex");
-  return boolean(info, erase(state.fd(DIRECT), &ifindex, "direct"));
+  return boolean(info, delete_inner(state, DIRECT, ifindex));
 }
 
 Napi::Value listDirectFlows(const Info &info) {
@@ -492,7 +506,7 @@ Napi::Value putExclusions(const Info &info) {
 Napi::Value deleteExclusions(const Info &info) {
   State &state = to_state(info);
   uint32_t ifindex = to_ifindex(info[1], "ifindex");
-  return boolean(info, erase(state.fd(EXCLUSIONS), &ifindex, "exclusions"));
+  return boolean(info, delete_inner(state, EXCLUSIONS, ifindex));
 }
 
 Napi::Value getExclusions(const Info &info) {
@@ -840,6 +854,16 @@ Napi::Value connectTransparent(const Info &info) {
   return await_connection(info.Env(), std::move(socket), object, timeout_ms);
 }
 
+// ---- keys ----
+
+Napi::Value sha256(const Info &info) {
+  if (!info[0].IsTypedArray() || info[0].As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array) {
+    wrong_argument("bytes", "a Uint8Array");
+  }
+  auto bytes = info[0].As<Napi::Uint8Array>();
+  return Napi::String::New(info.Env(), sha256_hex(bytes.Data(), bytes.ByteLength()));
+}
+
 // ---- kernel ----
 
 Napi::Value features(const Info &info) {
@@ -908,6 +932,8 @@ const Export FUNCTIONS[] = {
     EXPORT(linkByName),
     EXPORT(linkByIndex),
     EXPORT(linkAddresses),
+    EXPORT(acceptLocal),
+    EXPORT(setAcceptLocal),
     EXPORT(qdiscs),
     EXPORT(addRule),
     EXPORT(deleteRule),
@@ -966,6 +992,7 @@ const Export FUNCTIONS[] = {
     EXPORT(listenTransparent),
     EXPORT(connectTransparent),
     EXPORT(listenPlain),
+    EXPORT(sha256),
     EXPORT(features),
 #ifdef AMBIENT_FAULTS
     EXPORT(failKernelCall),
@@ -995,6 +1022,9 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
 #endif
   // libbpf writes warnings to stderr unless told otherwise; programs.cc collects them when they matter.
   libbpf_set_print(nullptr);
+
+  napi_add_env_cleanup_hook(
+      env, [](void *) { join_background(); }, nullptr);
 
   std::vector<napi_property_descriptor> properties;
   properties.reserve(std::size(FUNCTIONS) + 8);

@@ -4,6 +4,7 @@
 #include <linux/if.h>
 #include <linux/if_addr.h>
 #include <linux/if_link.h>
+#include <linux/ip.h>
 #include <sys/socket.h>
 
 #include <cstdio>
@@ -109,6 +110,46 @@ std::vector<LinkAddress> link_addresses(int netns, uint32_t ifindex) {
       },
       [&] { found.clear(); });
   return found;
+}
+
+bool accept_local(int netns, uint32_t ifindex) {
+  Request request(RTM_GETLINK, 0);
+  ifinfomsg header = {};
+  header.ifi_index = static_cast<int>(ifindex);
+  request.append(header);
+  request.put_u32(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS);
+  bool on = false;
+  NetlinkSocket socket(netns);
+  socket.transact(request, "RTM_GETLINK", "ifindex " + std::to_string(ifindex) + " in " + netns_text(netns),
+                  [&](const nlmsghdr *message) {
+                    if (message->nlmsg_type != RTM_NEWLINK) return;
+                    const rtattr *families = Attributes(message, sizeof(ifinfomsg)).find(IFLA_AF_SPEC);
+                    const rtattr *inet = families ? Attributes(families).find(AF_INET) : nullptr;
+                    const rtattr *values = inet ? Attributes(inet).find(IFLA_INET_CONF) : nullptr;
+                    // An array of 32-bit values; IPV4_DEVCONF_* count from 1.
+                    constexpr size_t at = (IPV4_DEVCONF_ACCEPT_LOCAL - 1) * sizeof(uint32_t);
+                    if (!values || RTA_PAYLOAD(values) < at + sizeof(uint32_t)) return;
+                    uint32_t value;
+                    memcpy(&value, static_cast<const char *>(RTA_DATA(values)) + at, sizeof(value));
+                    on = value != 0;
+                  });
+  return on;
+}
+
+void set_accept_local(int netns, uint32_t ifindex, bool on) {
+  Request request(RTM_SETLINK, 0);
+  ifinfomsg header = {};
+  header.ifi_index = static_cast<int>(ifindex);
+  request.append(header);
+  size_t families = request.begin(IFLA_AF_SPEC);
+  size_t inet = request.begin(AF_INET);
+  size_t values = request.begin(IFLA_INET_CONF);
+  request.put_u32(IPV4_DEVCONF_ACCEPT_LOCAL, on ? 1 : 0);
+  request.end(values);
+  request.end(inet);
+  request.end(families);
+  NetlinkSocket(netns).transact(request, "RTM_SETLINK",
+                                "accept_local of ifindex " + std::to_string(ifindex) + " in " + netns_text(netns));
 }
 
 }  // namespace ambient

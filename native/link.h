@@ -33,6 +33,10 @@ std::optional<Link> link_by_name(int netns, const std::string &name);
 std::optional<Link> link_by_index(int netns, uint32_t ifindex);
 std::vector<LinkAddress> link_addresses(int netns, uint32_t ifindex);
 
+// net.ipv4.conf.DEVICE.accept_local, by rtnetlink: /proc/sys shows the namespace of whoever mounted it.
+bool accept_local(int netns, uint32_t ifindex);
+void set_accept_local(int netns, uint32_t ifindex, bool on);
+
 std::string mac_text(const uint8_t mac[6]);
 
 }  // namespace ambient

@@ -46,6 +46,29 @@ const ipLink = (namespace: Namespace, name: string): IpLink => {
   return link;
 };
 
+describe('accept_local', () => {
+  test('is what sysctl says, of the device and namespace asked for', () => {
+    const ifindex = native.linkByName(podFd, 'eth0')?.ifindex ?? 0;
+    const sysctl = (namespace: Namespace, device: string) =>
+      namespace.run(['sysctl', '-n', `net.ipv4.conf.${device}.accept_local`]).trim();
+    for (const on of [true, false]) {
+      native.setAcceptLocal(podFd, ifindex, on);
+      expect(native.acceptLocal(podFd, ifindex)).toBe(on);
+      expect(sysctl(pod, 'eth0')).toBe(on ? '1' : '0');
+      expect(sysctl(pod, 'all')).toBe('0');
+      expect(sysctl(node, 'br0')).toBe('0');
+    }
+    pod.run(['sysctl', '-q', '-w', 'net.ipv4.conf.eth0.accept_local=1']);
+    expect(native.acceptLocal(podFd, ifindex)).toBe(true);
+    pod.run(['sysctl', '-q', '-w', 'net.ipv4.conf.eth0.accept_local=0']);
+  });
+
+  test('of no device is ENODEV', () => {
+    expect(cause(() => native.acceptLocal(podFd, 4711))).toMatchObject({ code: 'ENODEV', syscall: 'RTM_GETLINK' });
+    expect(cause(() => native.setAcceptLocal(podFd, 4711, true))).toMatchObject({ code: 'ENODEV' });
+  });
+});
+
 describe('a link', () => {
   test.each([
     ['the host end, by its longest possible name', () => node, 'veth0123456789a'],

@@ -11,6 +11,9 @@ import type { AttachmentRecord, EndpointRecord, InterfaceRecord, NativeError, Pr
 /** AMBIENT_REDIRECT_ADDON selects the build: ordinary, fault-injecting, AddressSanitizer. */
 export const native = loadNative() as DemoNative;
 
+// Where the sanitizer's run time is preloaded it is in this process by now; what tests start needs none.
+delete process.env.LD_PRELOAD;
+
 /** The full counts of the issues instead of a few of everything. */
 export const LONG = process.env.AMBIENT_REDIRECT_LONG === '1';
 

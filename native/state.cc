@@ -11,6 +11,7 @@
 #include <cstring>
 #include <unordered_set>
 
+#include "background.h"
 #include "error.h"
 #include "faults.h"
 #include "files.h"
@@ -332,15 +333,37 @@ std::vector<std::string> keys(const State &state, Map map) {
 }
 
 void put_direct_flows(const State &state, uint32_t ifindex, uint32_t entries, bool replace) {
+  const int outer = state.fd(DIRECT);
   uint32_t id;
-  if (!replace && lookup(state.fd(DIRECT), &ifindex, &id, "direct")) return;
+  if (!replace && lookup(outer, &ifindex, &id, "direct")) return;
   Fd inner = make_direct_table(entries);
-  uint32_t value = static_cast<uint32_t>(inner.get());
-  try {
-    update(state.fd(DIRECT), &ifindex, &value, replace ? Update::any : Update::no_exist, "direct");
-  } catch (const KernelError &error) {
-    if (replace || error.number != EEXIST) throw;
+  const uint32_t value = static_cast<uint32_t>(inner.get());
+  const uint32_t inner_id = map_info(inner.get(), "direct_flows").id;
+  int result = call_until(
+      [=] {
+        return kernel_call("bpf(BPF_MAP_UPDATE_ELEM)",
+                           [&] { return bpf_map_update_elem(outer, &ifindex, &value, replace ? BPF_ANY : BPF_NOEXIST); });
+      },
+      [&] { return bpf_map_lookup_elem(outer, &ifindex, &id) == 0 && id == inner_id; });
+  // EEXIST: another process was faster, and its table is as good.
+  if (result < 0 && (replace || errno != EEXIST)) {
+    KernelError error(errno, "bpf(BPF_MAP_UPDATE_ELEM)", "map direct");
+    if (error.number == E2BIG) error.object += ", which is full";
+    throw error;
   }
+}
+
+bool delete_inner(const State &state, Map map, uint32_t ifindex) {
+  const int outer = state.fd(map);
+  const std::string object = std::string("map ") + map_name(map);
+  uint32_t id;
+  if (!lookup(outer, &ifindex, &id, map_name(map))) return false;
+  int result = call_until(
+      [=] { return kernel_call("bpf(BPF_MAP_DELETE_ELEM)", [&] { return bpf_map_delete_elem(outer, &ifindex); }); },
+      [&] { return bpf_map_lookup_elem(outer, &ifindex, &id) < 0 && errno == ENOENT; });
+  if (result == 0) return true;
+  if (errno == ENOENT) return false;
+  throw KernelError(errno, "bpf(BPF_MAP_DELETE_ELEM)", object);
 }
 
 void put_exclusions(const State &state, uint32_t ifindex, const std::vector<ExclusionRule> &rules) {
@@ -354,8 +377,20 @@ void put_exclusions(const State &state, uint32_t ifindex, const std::vector<Excl
       throw;
     }
   }
-  uint32_t value = static_cast<uint32_t>(inner.get());
-  update(state.fd(EXCLUSIONS), &ifindex, &value, Update::any, "exclusions");
+  const int outer = state.fd(EXCLUSIONS);
+  const uint32_t value = static_cast<uint32_t>(inner.get());
+  const uint32_t inner_id = map_info(inner.get(), "exclusion_rules").id;
+  uint32_t id;
+  int result = call_until(
+      [=] {
+        return kernel_call("bpf(BPF_MAP_UPDATE_ELEM)",
+                           [&] { return bpf_map_update_elem(outer, &ifindex, &value, BPF_ANY); });
+      },
+      [&] { return bpf_map_lookup_elem(outer, &ifindex, &id) == 0 && id == inner_id; });
+  if (result == 0) return;
+  KernelError error(errno, "bpf(BPF_MAP_UPDATE_ELEM)", "map exclusions");
+  if (error.number == E2BIG) error.object += ", which is full";
+  throw error;
 }
 
 std::vector<ExclusionRule> exclusions(const State &state, uint32_t ifindex) {

@@ -69,6 +69,8 @@ void create_state(const std::string &dir, const WantedState &wanted);
 std::vector<std::string> keys(const State &state, Map map);
 
 void put_direct_flows(const State &state, uint32_t ifindex, uint32_t entries, bool replace);
+// Of DIRECT or EXCLUSIONS.
+bool delete_inner(const State &state, Map map, uint32_t ifindex);
 
 // One rule: `key` with its reason; 0 where a longer prefix takes an address out of a shorter one.
 struct ExclusionRule {

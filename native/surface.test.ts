@@ -125,6 +125,15 @@ const functions: Record<
     ['netns', netns],
     ['ifindex', ifindex],
   ],
+  acceptLocal: [
+    ['netns', netns],
+    ['ifindex', ifindex],
+  ],
+  setAcceptLocal: [
+    ['netns', netns],
+    ['ifindex', ifindex],
+    ['on', boolean],
+  ],
   qdiscs: [
     ['netns', netns],
     ['ifindex', ifindex],
@@ -340,6 +349,7 @@ const functions: Record<
     ['netns', netns],
     ['options', object(() => ({ address: '127.0.0.1', port: 0, backlog: 1 }))],
   ],
+  sha256: [['bytes', packet]],
   features: [],
   // Only in the fault-injecting build.
   failKernelCall: [
@@ -545,6 +555,8 @@ describe('a descriptor that is not open is EBADF', () => {
     linkByName: () => native.linkByName(CLOSED, 'lo'),
     linkByIndex: () => native.linkByIndex(CLOSED, 1),
     linkAddresses: () => native.linkAddresses(CLOSED, 1),
+    acceptLocal: () => native.acceptLocal(CLOSED, 1),
+    setAcceptLocal: () => native.setAcceptLocal(CLOSED, 1, true),
     qdiscs: () => native.qdiscs(CLOSED, 1),
     addRule: () => native.addRule(CLOSED, { family: 4, priority: 1, mark: 1, table: 1, protocol: 1 }),
     deleteRule: () => native.deleteRule(CLOSED, { family: 4, priority: 1, mark: 1, table: 1, protocol: 1 }),

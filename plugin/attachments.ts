@@ -2,13 +2,12 @@
 // The identity of an attachment and where its pins are. Both follow from what every verb is given, so that DEL finds
 // them without anything that ADD would have had to write down elsewhere.
 
-import { createHash } from 'node:crypto';
 import { join } from 'node:path';
-import type { AttachmentKey, ProgramName } from './native.ts';
+import type { AttachmentKey, Native, ProgramName } from './native.ts';
 
 /** SPEC 0.4.0: state is keyed by network name, CNI_CONTAINERID and CNI_IFNAME. None of them can contain NUL. */
-export function attachmentKey(network: string, containerId: string, ifname: string): AttachmentKey {
-  return new Uint8Array(createHash('sha256').update(`${network}\0${containerId}\0${ifname}`).digest());
+export function attachmentKey(native: Native, network: string, containerId: string, ifname: string): AttachmentKey {
+  return new Uint8Array(Buffer.from(native.sha256(Buffer.from(`${network}\0${containerId}\0${ifname}`)), 'hex'));
 }
 
 export function hex(bytes: Uint8Array): string {

@@ -40,7 +40,6 @@ import {
   ensurePrograms,
   ensureState,
   hasCode,
-  isNativeError,
   kernelReason,
   knownStateDirs,
   openState,
@@ -111,6 +110,9 @@ export function attach(native: Native, config: RedirectConfig, target: Target): 
     const programTag = ensurePrograms(native, state, config);
     removeDeadProxies(native, state, config.runDir);
     removeOld(native, config, state, target, facts);
+    // What the record says is put back by DEL, so it is written before the change.
+    const accepts = target.role !== 'proxy' || native.acceptLocal(netns, facts.pod.ifindex);
+    const acceptLocalFlag = accepts ? 0 : (native.flags.INTERFACE_ACCEPT_LOCAL ?? 0);
     const attachment: Attachment = {
       native,
       config,
@@ -119,7 +121,7 @@ export function attach(native: Native, config: RedirectConfig, target: Target): 
       netns,
       facts,
       plan,
-      record: newRecord(native, target, facts, plan, programTag),
+      record: newRecord(native, target, facts, plan, programTag, acceptLocalFlag),
       undo: [],
     };
     return attachAll(attachment);
@@ -404,13 +406,15 @@ function attachFilter(
     while (present.some((filter) => filter.priority === priority)) priority++;
   }
   const filter = { priority, handle: FILTER_HANDLE };
-  noteHook(attachment, { ...hookRecord(hook, programId), kind: 'clsact', ...filter });
+  const noted: HookRecord = { ...hookRecord(hook, programId), kind: 'clsact', ...filter };
+  noteHook(attachment, noted);
+  // Pushed first: where the kernel's answer is lost, the request may have been carried out.
+  undo.push(() => removeFilter(native, where, noted));
   native.attachFilter(where, hook.ifindex, hook.direction, program, {
     ...filter,
     name: filterName(hook),
     replace: true,
   });
-  undo.push(() => native.deleteFilter(where, hook.ifindex, hook.direction, filter));
 }
 
 /** Ahead of the attach: a record that names the place lets DEL find what is there. */
@@ -441,14 +445,23 @@ function routing(config: RedirectConfig): { rules: Rule[]; routes: LocalRoute[] 
   };
 }
 
-function addRouting({ native, config, netns, undo, target }: Attachment): void {
+function addRouting({ native, config, netns, undo, target, facts, record }: Attachment): void {
   const { rules, routes } = routing(config);
   try {
+    // The proxy may send to a flow of its own: a pod that asks for the proxy's address, ztunnel's second leg. IPv4
+    // refuses such a packet when it comes back with the namespace's own source address; IPv6 does not.
+    if (leavesAcceptLocal(native, record)) {
+      undo.push(() => native.setAcceptLocal(netns, facts.pod.ifindex, false));
+      native.setAcceptLocal(netns, facts.pod.ifindex, true);
+    }
+    // Pushed first: where the kernel's answer is lost, the request may have been carried out.
     for (const route of routes) {
-      if (native.addLocalRoute(netns, route)) undo.push(() => native.deleteLocalRoute(netns, route));
+      undo.push(() => native.deleteLocalRoute(netns, route));
+      if (!native.addLocalRoute(netns, route)) undo.pop();
     }
     for (const rule of rules) {
-      if (native.addRule(netns, rule)) undo.push(() => native.deleteRule(netns, rule));
+      undo.push(() => native.deleteRule(netns, rule));
+      if (!native.addRule(netns, rule)) undo.pop();
     }
   } catch (error) {
     throw stepError(Code.ATTACH_FAILED, `add the proxy's rule and route in ${target.netnsPath}`, error);
@@ -519,7 +532,15 @@ export function detachRecord(
   native.deleteAttachment(state, key);
 }
 
+/** accept_local was off, so it is set by ADD and reset by DEL. */
+function leavesAcceptLocal(native: Native, { role, flags }: AttachmentRecord): boolean {
+  return role === 'proxy' && (flags & (native.flags.INTERFACE_ACCEPT_LOCAL ?? 0)) !== 0;
+}
+
 function leaveProxyNetns(native: Native, state: State, netns: number, record: AttachmentRecord): void {
+  if (leavesAcceptLocal(native, record) && native.linkByIndex(netns, record.podIfindex) !== null) {
+    native.setAcceptLocal(netns, record.podIfindex, false);
+  }
   for (const hook of record.hooks) {
     if (hook.kind === 'clsact' && hook.inNetns) removeFilter(native, netns, hook);
   }
@@ -587,7 +608,8 @@ function inOwnNetns(native: Native, record: AttachmentRecord, body: (netns: numb
   try {
     netns = native.openNetns(record.netnsPath);
   } catch (error) {
-    if (isNativeError(error)) return; // gone, or a plain file in its place: what was inside is gone with it
+    // Gone, or another kind of file in its place: what was inside is gone with it. Anything else is worth another DEL.
+    if (hasCode(error, 'ENOENT', 'ENOTDIR', 'EINVAL', 'ENXIO', 'ELOOP')) return;
     throw error;
   }
   try {
@@ -756,6 +778,7 @@ function newRecord(
   facts: HostFacts,
   plan: AttachPlan,
   programTag: string,
+  acceptLocalFlag: number,
 ): AttachmentRecord {
   if (plan.addresses.length > MAX_ADDRESSES) {
     throw new CniError(
@@ -766,7 +789,7 @@ function newRecord(
   }
   return {
     ...emptyRecord(native, target),
-    flags: plan.flags,
+    flags: plan.flags | acceptLocalFlag,
     hostIfindex: facts.host.ifindex,
     podIfindex: facts.pod.ifindex,
     nsid: facts.nsid,

@@ -286,6 +286,9 @@ export interface Native {
   /** INTERFACE_* and VARIANT_* of redirect.h under their full names */
   readonly flags: Readonly<Record<string, number>>;
 
+  /** 64 hex digits. node:crypto would cost every start of the plugin 5 ms, for its streams. */
+  sha256(bytes: Uint8Array): string;
+
   // --- descriptors, files, namespaces -------------------------------------------------------------------------
   close(fd: number): void;
   /** open(path, O_RDONLY|O_CLOEXEC) and NS_GET_NSTYPE; EINVAL if it is not a network namespace */
@@ -310,6 +313,9 @@ export interface Native {
   linkByName(netns: number, name: string): Link | null;
   linkByIndex(netns: number, ifindex: number): Link | null;
   linkAddresses(netns: number, ifindex: number): LinkAddress[];
+  /** net.ipv4.conf.DEVICE.accept_local: packets with a source address of this namespace are taken from outside */
+  acceptLocal(netns: number, ifindex: number): boolean;
+  setAcceptLocal(netns: number, ifindex: number, on: boolean): void;
   qdiscs(netns: number, ifindex: number): Qdisc[];
 
   // --- routing in the proxy's netns; existing identical entries are not an error (returns false) -----------------

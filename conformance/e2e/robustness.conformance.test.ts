@@ -258,6 +258,16 @@ describe('nonsense', () => {
   });
 });
 
+/** Without what changes by itself or by right: counters of a bystander, and how often the list of proxies was written. */
+function comparable(state: KernelState, bystander: Pod): KernelState {
+  const index = Buffer.alloc(4);
+  index.writeUInt32LE(bystander.hostIfindex);
+  const kept = [...state].filter(([key]) => !key.includes(`/counters[${index.toString('hex')}`));
+  return new Map(
+    kept.map(([key, value]) => [key, key.includes('/proxies[') ? `${value.slice(0, 8)}${value.slice(16)}` : value]),
+  );
+}
+
 describe.each(hooks)('%s: each kernel call fails in turn', (hook) => {
   const callsOf = async (verb: string, pod: Pod): Promise<string[]> => {
     const file = join(topology.testbed.directory(`calls.${verb}`), 'calls');
@@ -273,17 +283,18 @@ describe.each(hooks)('%s: each kernel call fails in turn', (hook) => {
     await succeeds('ADD', other);
     await succeeds('ADD', pod);
     await succeeds('DEL', pod);
-    const before = await dump(pod, other);
     const calls = await callsOf('ADD', pod);
-    await succeeds('DEL', pod);
     expect(calls.length).toBeGreaterThan(10);
+    await succeeds('DEL', pod);
+    const look = async () => comparable(await dump(pod, other), other);
+    const before = await look();
     let failures = 0;
     for (let call = 1; ; call++) {
       const outcome = await run('ADD', pod, { path: faults, env: { AMBIENT_REDIRECT_FAIL_CALL: `${call}` } });
       const title = `call ${call}, ${calls[call - 1] ?? 'beyond the last'}`;
       if (outcome.status === 0) {
         await succeeds('DEL', pod);
-        expect(differences(before, await dump(pod, other)), title).toEqual([]);
+        expect(differences(before, await look()), title).toEqual([]);
         // A failure that ADD may survive (a probe, a sweep) must not end the search.
         if (call > calls.length) break;
         continue;
@@ -291,7 +302,7 @@ describe.each(hooks)('%s: each kernel call fails in turn', (hook) => {
       failures += 1;
       expect(outcome.timedOut, title).toBe(false);
       expectError(outcome);
-      expect(differences(before, await dump(pod, other)), title).toEqual([]);
+      expect(differences(before, await look()), title).toEqual([]);
     }
     expect(failures).toBeGreaterThan(calls.length / 2);
   });
@@ -307,8 +318,10 @@ describe.each(hooks)('%s: each kernel call fails in turn', (hook) => {
       const before = await dump(pod);
       await succeeds('ADD', pod);
       const calls = await callsOf('DEL', pod);
-      for (let call = 1; call <= calls.length; call++) {
-        const title = `call ${call}, ${calls[call - 1]}`;
+      const random = randomNumbers(seed);
+      const step = long ? 1 : 4;
+      for (let call = 1 + Math.floor(random() * step); call <= calls.length; call += step) {
+        const title = `call ${call}, ${calls[call - 1]}, seed ${seed}`;
         await succeeds('ADD', pod);
         const outcome = await run('DEL', pod, { path: faults, env: { AMBIENT_REDIRECT_FAIL_CALL: `${call}` } });
         if (outcome.status !== 0) {
@@ -331,7 +344,7 @@ describe.each(hooks)('%s: each kernel call fails in turn', (hook) => {
       const before = await dump(pod);
       const calls = await callsOf('ADD', pod);
       await succeeds('DEL', pod);
-      const step = long ? 1 : Math.ceil(calls.length / 12);
+      const step = long ? 1 : Math.ceil(calls.length / 6);
       for (let call = 1; call <= calls.length; call += step) {
         const title = `killed before call ${call}, ${calls[call - 1]}`;
         await exec(['rm', '-rf', topology.stateDir]);

@@ -55,7 +55,7 @@ export function targetOf(native: Native, settings: Settings, options: EnrollOpti
     const network = known?.network ?? settings.network;
     const [namespace = '', name = ''] = options.pod?.split('/') ?? [known?.podNamespace, known?.podName];
     return {
-      key: attachmentKey(network, containerId, ifname),
+      key: attachmentKey(native, network, containerId, ifname),
       network,
       containerId,
       ifname,

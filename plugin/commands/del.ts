@@ -14,6 +14,6 @@ export function del(native: Native, request: Request): void {
   const location = locateState(conf.raw);
   const log = createLog(location.logLevel);
   for (const error of location.ignored) log.warn(`DEL goes on with a default: ${error.message}`);
-  const found = detach(native, location, attachmentKey(conf.name, containerId, ifname));
+  const found = detach(native, location, attachmentKey(native, conf.name, containerId, ifname));
   log.debug(`${containerId} ${ifname}: ${found ? 'detached' : 'nothing was attached'}`);
 }

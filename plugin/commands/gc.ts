@@ -18,7 +18,7 @@ export function gc(native: Native, request: Request): void {
   const log = createLog(config.logLevel);
   // A runtime that does not say which attachments are valid has not said that none is.
   const valid =
-    validAttachments && new Set(validAttachments.map((a) => hex(attachmentKey(name, a.containerID, a.ifname))));
+    validAttachments && new Set(validAttachments.map((a) => hex(attachmentKey(native, name, a.containerID, a.ifname))));
   if (valid === null) log.info('GC without a list of valid attachments: only what is proved dead is removed');
 
   const state = openState(native, config.stateDir);

@@ -41,7 +41,7 @@ export function decide(native: Native, request: Request, netns: number, config: 
     config: { ...config, dnsCapture: wishes?.dnsCapture ?? config.dnsCapture },
     reason,
     target: {
-      key: attachmentKey(conf.name, request.containerId, ifname),
+      key: attachmentKey(native, conf.name, request.containerId, ifname),
       network: conf.name,
       containerId: request.containerId,
       ifname,

@@ -11,7 +11,7 @@ import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
 import { loadNative } from '../addon.ts';
 import { removeDemo } from './demo.ts';
 import type { DemoNative } from './native-topology.ts';
-import { listDemos, pathsOf, Topology } from './topology.ts';
+import { listDemos, livingOwner, pathsOf, Topology } from './topology.ts';
 import { requestEcho } from './traffic.ts';
 
 const MAIN = join(import.meta.dirname, '../main.ts');
@@ -315,6 +315,45 @@ describe('the command line on a demo that was kept', () => {
       });
     } finally {
       native.deleteFilter(node.netns, link.ifindex, 'egress', filter);
+    }
+  });
+
+  test('a proxy that stops listening, comes back on IPv4 only, then without IP_TRANSPARENT', async () => {
+    const server = livingOwner(topology.paths);
+    if (server === undefined) throw new Error('nobody serves');
+    process.kill(server, 'SIGTERM');
+    await until('the proxy is gone', () => native.listeners(topology.places.proxy.netns).length === 0);
+    const problems = async () => (await json('status')).problems.map(({ text }: { text: string }) => text);
+    const dropped = 'new connections of 2 pods are dropped';
+    expect(await problems()).toEqual(
+      [4, 6].flatMap((family) =>
+        ['15001 (outbound)', '15006 (inboundPlaintext)', '15008 (inboundHBONE)'].map(
+          (port) => `no IPv${family} listener on port ${port}: ${dropped}`,
+        ),
+      ),
+    );
+
+    const listeners: number[] = [];
+    const { netns } = topology.places.proxy;
+    const common = { backlog: 1, reusePort: false, v6only: false, mark: 0 };
+    try {
+      for (const port of [15001, 15006, 15008]) {
+        listeners.push(native.listenTransparent(netns, { ...common, family: 4, address: '0.0.0.0', port }));
+      }
+      expect(await problems()).toEqual(
+        ['15001 (outbound)', '15006 (inboundPlaintext)', '15008 (inboundHBONE)'].map(
+          (port) => `no IPv6 listener on port ${port}: ${dropped}`,
+        ),
+      );
+      expect((await cli('status')).out).toContain('port 15001 outbound: listening on IPv4 only\n');
+      native.close(listeners.shift() ?? -1);
+      listeners.push(native.listenPlain(netns, { address: '::', port: 15001, backlog: 1 }));
+      expect(await json('proxy', 'show')).toMatchObject([
+        { listeners: [{ port: 15001, ipv4: 'not transparent', ipv6: 'not transparent' }, {}, {}] },
+      ]);
+      expect(await problems()).toContain(`the IPv4 listener on port 15001 is not transparent (outbound): ${dropped}`);
+    } finally {
+      for (const fd of listeners) native.close(fd);
     }
   });
 

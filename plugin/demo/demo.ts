@@ -381,6 +381,7 @@ async function serveDetached(name: string, families: readonly Family[]): Promise
     [...args, 'demo', '--serve', name, '--family', families.length > 1 ? 'both' : `${families[0]}`],
     {
       detached: true,
+      cwd: '/',
       stdio: ['ignore', 'ignore', 'ignore', 'ipc'],
     },
   );

@@ -143,6 +143,21 @@ test('a preamble in pieces is the same preamble', async () => {
   expect(await received(socket)).toBe('HTTP/1.1 200 OK\r\n\r\nhello');
 });
 
+test('a server that has said all it has still hears the client out', async () => {
+  const heard = new Promise<Buffer>((resolve, reject) => {
+    listen(8080, (socket) => {
+      socket.end('farewell');
+      buffer(socket).then(resolve, reject);
+    });
+  });
+  const socket = await connect('127.0.0.3', '127.0.0.2', PORTS.inboundHBONE);
+  socket.write('CONNECT 127.0.0.2:8080 HTTP/1.1\r\n\r\n');
+  expect(await received(socket)).toBe('HTTP/1.1 200 OK\r\n\r\nfarewell');
+  const body = randomBytes(100_000);
+  socket.end(body);
+  expect((await heard).equals(body)).toBe(true);
+});
+
 test('a reset at the server’s end is a reset at the client’s', async () => {
   await listen(8080, (socket) => socket.once('data', () => socket.resetAndDestroy()));
   const socket = await connect('127.0.0.3', '127.0.0.2', PORTS.inboundHBONE);
@@ -196,7 +211,8 @@ test('a port that is taken is an error, and no listener is left', async () => {
 test('a port of 0 has no listener', async () => {
   await proxy.close();
   proxy = await TransparentProxy.start(native, { netns, address: '0.0.0.0', ports: { ...PORTS, inboundPlaintext: 0 } });
-  expect(native.listeners(netns)).toMatchObject([
+  const listeners = native.listeners(netns).sort((a, b) => a.port - b.port);
+  expect(listeners).toMatchObject([
     { family: 4, port: PORTS.outbound, transparent: true },
     { family: 4, port: PORTS.inboundHBONE, transparent: true },
   ]);

@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: Apache-2.0
+// Each kernel call of each function fails once: the error names it, no descriptor is left open, the thread is in its
+// own namespace, and afterwards the function works.
+
+import { spawnSync } from 'node:child_process';
+import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { type Namespace, Testbed } from '../conformance/netns.ts';
+import type { DemoNative } from '../plugin/demo/native-topology.ts';
+import type { State } from '../plugin/native.ts';
+import {
+  address,
+  attachmentRecord,
+  bytes,
+  currentNetns,
+  descriptors,
+  endpointRecord,
+  failure,
+  interfaceRecord,
+  native as ordinary,
+  WANTED,
+} from './native.testing.ts';
+
+const ADDON = join(import.meta.dirname, '../build/Release/ambient_redirect_faults.node');
+const loaded = { exports: {} as DemoNative };
+process.dlopen(loaded, ADDON);
+const native = loaded.exports as DemoNative & Required<Pick<DemoNative, 'failKernelCall' | 'kernelCalls'>>;
+
+const bed = Testbed.open();
+afterAll(() => bed.close());
+
+let node: Namespace;
+let pod: Namespace;
+let netns: number;
+let podFd: number;
+let ifindex: number;
+let dir: string;
+let links: string;
+let state: State;
+let program: number;
+let lock: string;
+
+const EIO = 5;
+
+/** Fails each kernel call of `act` in turn, until it makes fewer. Returns the names of the calls. */
+function failEach(act: () => unknown, undo: () => void = () => undefined): string[] {
+  const here = currentNetns();
+  const names: string[] = [];
+  for (let n = 1; ; n++) {
+    if (n > 200) throw new Error('it makes more than 200 kernel calls');
+    const before = native.kernelCalls().length;
+    const open = descriptors();
+    native.failKernelCall(n, EIO);
+    let error: unknown;
+    try {
+      act();
+    } catch (caught) {
+      error = caught;
+    }
+    native.failKernelCall(0, 0);
+    const made = native.kernelCalls().slice(before);
+    if (made.length < n) {
+      expect(error).toBeUndefined();
+      undo();
+      return names;
+    }
+    names.push(made[n - 1] ?? '');
+    const what = `call ${n}, ${made[n - 1]}`;
+    expect(error, what).toMatchObject({ code: 'EIO', errno: EIO, syscall: expect.any(String) });
+    expect(made.length, `${what}: goes on after a failure`).toBe(n);
+    expect(currentNetns(), what).toBe(here);
+    expect(descriptors().length, what).toBe(open.length);
+    undo();
+  }
+}
+
+beforeAll(() => {
+  [node, pod] = [bed.namespace('node'), bed.namespace('pod')];
+  bed.veth({ namespace: node, ifname: 'veth0' }, { namespace: pod, ifname: 'eth0', addresses: ['192.0.2.2/24'] });
+  netns = ordinary.openNetns(node.path);
+  podFd = ordinary.openNetns(pod.path);
+  bed.defer(() => {
+    ordinary.close(netns);
+    ordinary.close(podFd);
+  });
+  ifindex = native.linkByName(netns, 'veth0')?.ifindex ?? 0;
+  dir = join(bed.bpffs('bpf'), 'state');
+  links = join(dir, 'links');
+  lock = join(bed.directory('d'), 'lock');
+  native.makeDirectory(dir, 0o700);
+});
+
+test('the ordinary build has nothing to make calls fail', () => {
+  expect('failKernelCall' in ordinary || 'kernelCalls' in ordinary).toBe(false);
+});
+
+describe('every kernel call fails once', () => {
+  // In this order: features() and the number of CPUs are asked of the kernel once in a process.
+  test('features', () => {
+    const calls = failEach(() => native.features());
+    expect(calls).toContain('bpf(BPF_LINK_CREATE)');
+    expect(calls.filter((name) => name === 'bpf(BPF_PROG_LOAD)').length).toBeGreaterThan(5);
+  });
+
+  test('createState: whatever was left, the next one completes it', () => {
+    expect(failEach(() => native.createState(dir, WANTED)).length).toBeGreaterThan(20);
+    expect(readdirSync(dir)).toContain('settings');
+  });
+
+  test('openState', () => {
+    failEach(() => native.closeState(native.openState(dir)));
+    state = native.openState(dir);
+    bed.defer(() => native.closeState(state));
+  });
+
+  test('loadPrograms: whatever was left, the next one completes it', () => {
+    failEach(() => native.loadPrograms(state, dir, 'test'));
+    expect(readdirSync(join(dir, 'programs/test')).sort()).toEqual(Object.keys(native.programs).sort());
+    program = native.openProgram(join(dir, 'programs/test/pod_egress'));
+    bed.defer(() => native.close(program));
+    native.makeDirectory(links, 0o700);
+  });
+
+  const key = bytes(32);
+  const rule = { family: 4, priority: 100, mark: 1, table: 100, protocol: 163 } as const;
+  const route = { family: 4, table: 100, protocol: 163 } as const;
+  const filter = { priority: 1, handle: 1, name: 'n', replace: false };
+  const packet = new Uint8Array(64);
+  const pin = () => join(links, 'pin');
+  const attach = () => native.attachTcx(netns, ifindex, 'ingress', program, 'first', pin());
+  const put = () => native.attachFilter(netns, ifindex, 'ingress', program, filter);
+  const listen = { family: 6, address: '::', port: 15001, backlog: 1, reusePort: true, v6only: true, mark: 1 } as const;
+
+  const cases: Record<string, { act: () => unknown; undo?: () => void; before?: () => void }> = {
+    openNetns: { act: () => native.close(native.openNetns(pod.path)) },
+    netnsIdentity: { act: () => native.netnsIdentity(podFd) },
+    'netnsIdentity of HOST': { act: () => native.netnsIdentity(-1) },
+    netnsId: { act: () => native.inNetns(netns, () => native.netnsId(podFd, true)) },
+    lockFile: { act: () => native.close(native.lockFile(lock, 0)) },
+    isBpffs: { act: () => native.isBpffs(dir) },
+    mountBpffs: {
+      act: () => native.mountBpffs(join(dir, '../../mnt')),
+      before: () => native.makeDirectory(join(dir, '../../mnt'), 0o700),
+      undo: () => unmountAll(join(dir, '../../mnt')),
+    },
+    makeDirectory: { act: () => native.makeDirectory(links, 0o700) },
+    removeDirectory: { act: () => native.removeDirectory(join(dir, 'absent')) },
+    removeFile: { act: () => native.removeFile(join(dir, 'absent')) },
+    capabilities: { act: () => native.capabilities() },
+    linkByName: { act: () => native.linkByName(podFd, 'eth0') },
+    linkByIndex: { act: () => native.linkByIndex(podFd, 4711) },
+    linkAddresses: { act: () => native.linkAddresses(podFd, 1) },
+    acceptLocal: { act: () => native.acceptLocal(podFd, 1) },
+    setAcceptLocal: {
+      act: () => native.setAcceptLocal(podFd, 1, true),
+      undo: () => native.setAcceptLocal(podFd, 1, false),
+    },
+    qdiscs: { act: () => native.qdiscs(netns, ifindex) },
+    addRule: { act: () => native.addRule(podFd, rule), undo: () => native.deleteRule(podFd, rule) },
+    'addRule again': { before: () => native.addRule(podFd, rule), act: () => native.addRule(podFd, rule) },
+    rules: { act: () => native.rules(podFd, 6) },
+    deleteRule: { act: () => native.deleteRule(podFd, rule), undo: () => native.addRule(podFd, rule) },
+    addLocalRoute: {
+      act: () => native.addLocalRoute(podFd, route),
+      undo: () => native.deleteLocalRoute(podFd, route),
+    },
+    'addLocalRoute again': {
+      before: () => native.addLocalRoute(podFd, route),
+      act: () => native.addLocalRoute(podFd, route),
+    },
+    localRoutes: { act: () => native.localRoutes(podFd, 4, 100) },
+    deleteLocalRoute: {
+      act: () => native.deleteLocalRoute(podFd, route),
+      undo: () => native.addLocalRoute(podFd, route),
+    },
+    putAttachment: { act: () => native.putAttachment(state, key, attachmentRecord()) },
+    getAttachment: { act: () => native.getAttachment(state, key) },
+    listAttachments: { act: () => native.listAttachments(state) },
+    deleteAttachment: { act: () => native.deleteAttachment(state, key) },
+    putInterface: { act: () => native.putInterface(state, 1, interfaceRecord()) },
+    getInterface: { act: () => native.getInterface(state, 1) },
+    listInterfaces: { act: () => native.listInterfaces(state) },
+    putEndpoint: { act: () => native.putEndpoint(state, address(1), endpointRecord(), false) },
+    getEndpoint: { act: () => native.getEndpoint(state, address(1)) },
+    listEndpoints: { act: () => native.listEndpoints(state) },
+    deleteEndpoint: { act: () => native.deleteEndpoint(state, address(1)) },
+    putProxies: { act: () => native.putProxies(state, 1, []) },
+    getProxies: { act: () => native.getProxies(state) },
+    putDirectFlows: { act: () => native.putDirectFlows(state, 7, 64, true) },
+    'putDirectFlows, kept': { act: () => native.putDirectFlows(state, 7, 64, false) },
+    listDirectFlows: { act: () => native.listDirectFlows(state) },
+    testRun: { act: () => native.testRun(program, packet) },
+    counters: { act: () => native.counters(state) },
+    mapUsage: { act: () => native.mapUsage(state) },
+    deleteDirectFlows: {
+      act: () => native.deleteDirectFlows(state, 7),
+      undo: () => native.putDirectFlows(state, 7, 64, false),
+    },
+    deleteCounters: { act: () => native.deleteCounters(state, 1) },
+    deleteInterface: { act: () => native.deleteInterface(state, 1) },
+    openProgram: { act: () => native.close(native.openProgram(join(dir, 'programs/test/pod_egress'))) },
+    programInfo: { act: () => native.programInfo(program) },
+    programById: { act: () => native.programById(native.programInfo(program).id) },
+    attachTcx: { act: attach, undo: () => native.detachLink(pin()) },
+    queryTcx: { act: () => native.queryTcx(netns, ifindex, 'ingress') },
+    linkInfo: { before: attach, act: () => native.linkInfo(pin()) },
+    updateLink: { act: () => native.updateLink(pin(), program) },
+    detachLink: { act: () => native.detachLink(pin()), undo: () => existsSync(pin()) || attach() },
+    addClsact: { act: () => native.addClsact(netns, ifindex) },
+    'addClsact again': { act: () => native.addClsact(netns, ifindex) },
+    attachFilter: { act: put, undo: () => native.deleteFilter(netns, ifindex, 'ingress', filter) },
+    filters: { before: put, act: () => native.filters(netns, ifindex, 'ingress') },
+    deleteFilter: {
+      act: () => native.deleteFilter(netns, ifindex, 'ingress', filter),
+      undo: () => native.filters(netns, ifindex, 'ingress').length > 0 || put(),
+    },
+    listenTransparent: { act: () => native.close(native.listenTransparent(podFd, listen)) },
+    listenPlain: { act: () => native.close(native.listenPlain(podFd, { address: '::1', port: 1, backlog: 1 })) },
+    listeners: { act: () => native.listeners(podFd) },
+  };
+
+  test.each(Object.entries(cases))('%s', (name, { act, undo, before }) => {
+    before?.();
+    const calls = failEach(act, undo);
+    expect(calls.length, `${name} makes no kernel call`).toBeGreaterThan(0);
+  });
+
+  test('a failed attachTcx leaves no program on the device', () => {
+    native.detachLink(pin());
+    native.failKernelCall(5, EIO);
+    expect(failure(attach)).toMatchObject({ code: 'EIO', syscall: 'bpf(BPF_OBJ_PIN)' });
+    native.failKernelCall(0, 0);
+    expect(native.queryTcx(netns, ifindex, 'ingress')).toEqual([]);
+  });
+
+  test('connectTransparent rejects', async () => {
+    const options = {
+      source: '192.0.2.2',
+      sourcePort: 0,
+      destination: '192.0.2.2',
+      port: 9,
+      mark: 1,
+      timeoutMs: 1_000,
+    };
+    for (let n = 1; ; n++) {
+      const before = native.kernelCalls().length;
+      const open = descriptors().length;
+      native.failKernelCall(n, EIO);
+      const error = await native.connectTransparent(podFd, options).then(
+        () => undefined,
+        (error: unknown) => error,
+      );
+      native.failKernelCall(0, 0);
+      if (native.kernelCalls().length - before < n) {
+        expect(error).toMatchObject({ code: 'ECONNREFUSED' });
+        expect(n).toBeGreaterThan(6);
+        break;
+      }
+      expect(error).toMatchObject({ code: 'EIO' });
+      await expect.poll(() => descriptors().length).toBe(open);
+    }
+  });
+});
+
+describe('by environment', () => {
+  const script = `
+    const m = { exports: {} };
+    process.dlopen(m, ${JSON.stringify(ADDON)});
+    try { m.exports.linkByName(-1, 'lo'); console.log('ok'); } catch (error) { console.log(error.code); }`;
+  const run = (env: Record<string, string>) => {
+    const file = join(bed.directory(`calls${Math.random()}`), 'calls');
+    const { status, signal, stdout } = spawnSync(process.execPath, ['-e', script], {
+      encoding: 'utf8',
+      env: { ...process.env, AMBIENT_REDIRECT_CALLS_FILE: file, ...env },
+    });
+    return { status, signal, stdout: stdout.trim(), calls: readFileSync(file, 'utf8').trim().split('\n') };
+  };
+
+  test('calls are listed', () => {
+    writeFileSync(lock, '');
+    const { stdout, calls } = run({});
+    expect(stdout).toBe('ok');
+    expect(calls).toEqual(['socket', 'setsockopt', 'setsockopt', 'setsockopt', 'RTM_GETLINK', 'recv', 'recv']);
+  });
+
+  test('one of them fails, with ENOMEM or as told', () => {
+    expect(run({ AMBIENT_REDIRECT_FAIL_CALL: '5' })).toMatchObject({ status: 0, stdout: 'ENOMEM' });
+    expect(run({ AMBIENT_REDIRECT_FAIL_CALL: '5', AMBIENT_REDIRECT_FAIL_ERRNO: '1' }).stdout).toBe('EPERM');
+    expect(run({ AMBIENT_REDIRECT_FAIL_CALL: '99' }).stdout).toBe('ok');
+  });
+
+  test('or kills', () => {
+    const { signal, calls, stdout } = run({ AMBIENT_REDIRECT_KILL_CALL: '5' });
+    expect({ signal, stdout }).toEqual({ signal: 'SIGKILL', stdout: '' });
+    expect(calls).toHaveLength(5);
+  });
+});
+
+function unmountAll(path: string): void {
+  while (native.isBpffs(path)) native.unmount(path);
+}
