@@ -10,13 +10,14 @@ import { counters } from './cli/counters.ts';
 import { demo } from './cli/demo.ts';
 import { type DirectoryOptions, directoriesOf, settingsOf } from './cli/directories.ts';
 import { doctor } from './cli/doctor.ts';
-import { enroll } from './cli/enroll.ts';
+import { enroll, type TrafficOptions } from './cli/enroll.ts';
 import { pods } from './cli/pods.ts';
 import { clearProxies, setProxy, showProxies } from './cli/proxy.ts';
 import { status } from './cli/status.ts';
 import { processTerminal, type Terminal } from './cli/terminal.ts';
 import { unenroll } from './cli/unenroll.ts';
 import { CniError, Code } from './cni/errors.ts';
+import { parseCidr, parsePortRange } from './redirect/config.ts';
 
 /** Set by the build. */
 declare const AMBIENT_REDIRECT_VERSION: string | undefined;
@@ -79,7 +80,11 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
     .option('--service-account <name>', 'its service account')
     .option('--uid <uid>', 'its Kubernetes UID')
     .option('--container-id <id>', 'its sandbox, as the runtime names it')
-    .action((options: DirectoryOptions & { conf?: string; netns: string; ifname: string }) => {
+    .addOption(listOption('--exclude-inbound-ports <list>', 'ports and ranges, also 8000-8100', parsePortRange))
+    .addOption(listOption('--exclude-outbound-ports <list>', 'ports and ranges, also 8000-8100', parsePortRange))
+    .addOption(listOption('--exclude-outbound-cidrs <list>', 'destinations, as IP prefixes', parseCidr))
+    .option('--dns-capture', "its DNS queries go to the proxy's DNS port")
+    .action((options: DirectoryOptions & TrafficOptions & { conf?: string; netns: string; ifname: string }) => {
       finish(enroll(loadNative(), terminal, settingsOf(options), options));
     });
 
@@ -156,6 +161,17 @@ function stateOptions(command: Command): Command {
 
 function settingsOptions(command: Command): Command {
   return stateOptions(command).option('--conf <file>', 'settings: a conflist with our entry, or the entry alone');
+}
+
+/** Comma-separated; `parse` returns undefined for what it refuses. */
+function listOption<T>(flags: string, description: string, parse: (text: string) => T | undefined): Option {
+  return new Option(flags, description).argParser((text) =>
+    text.split(',').map((part) => {
+      const value = parse(part.trim());
+      if (value === undefined) throw new InvalidArgumentError(`"${part}" will not do.`);
+      return value;
+    }),
+  );
 }
 
 function podOption(description: string): Option {

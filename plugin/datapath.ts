@@ -82,6 +82,8 @@ interface Attachment {
   facts: HostFacts;
   plan: AttachPlan;
   record: AttachmentRecord;
+  /** the same kernel objects are recorded: they are changed where they are */
+  previous: AttachmentRecord | null;
   undo: (() => void)[];
 }
 
@@ -109,7 +111,9 @@ export function attach(native: Native, config: RedirectConfig, target: Target): 
     state = ensureState(native, config);
     const programTag = ensurePrograms(native, state, config);
     removeDeadProxies(native, state, config.runDir);
-    removeOld(native, config, state, target, facts);
+    const previous = sameAttachment(native, config, state, target, facts);
+    if (previous === null) removeOld(native, config, state, target, facts);
+    else keepNature(native, plan, previous);
     // What the record says is put back by DEL, so it is written before the change.
     const accepts = target.role !== 'proxy' || native.acceptLocal(netns, facts.pod.ifindex);
     const acceptLocalFlag = accepts ? 0 : (native.flags.INTERFACE_ACCEPT_LOCAL ?? 0);
@@ -121,7 +125,11 @@ export function attach(native: Native, config: RedirectConfig, target: Target): 
       netns,
       facts,
       plan,
-      record: newRecord(native, target, facts, plan, programTag, acceptLocalFlag),
+      record: {
+        ...newRecord(native, target, facts, plan, programTag, acceptLocalFlag),
+        ...(previous !== null && { hooks: previous.hooks, enrolledAt: previous.enrolledAt }),
+      },
+      previous,
       undo: [],
     };
     return attachAll(attachment);
@@ -136,8 +144,10 @@ export function attach(native: Native, config: RedirectConfig, target: Target): 
 function attachAll(attachment: Attachment): AttachmentRecord {
   const { native, state, target, record, plan, undo } = attachment;
   try {
+    const { previous } = attachment;
     writeRecord(attachment, 'attaching');
-    undo.push(() => native.deleteAttachment(state, target.key));
+    if (previous === null) undo.push(() => native.deleteAttachment(state, target.key));
+    else undo.push(() => native.putAttachment(state, target.key, previous));
     if (target.role === 'proxy') addRouting(attachment);
     if (plan.interface !== null) fillMaps(attachment);
     for (const hook of plan.hooks) attachHook(attachment, hook);
@@ -199,9 +209,39 @@ function recordOnly(
 }
 
 /**
- * What an earlier ADD of this key, or of a pod whose host-side index this one has now, left. An attachment that is
- * already as it should be is replaced too: the price is a few milliseconds, and there is one path to trust.
+ * The record of this very attachment, made by an earlier ADD or `enroll`: a change of settings must not cut connections
+ * or leave a moment without programs. null: there is none, or it is about other objects, and everything is made anew.
  */
+function sameAttachment(
+  native: Native,
+  config: RedirectConfig,
+  state: State,
+  target: Target,
+  facts: HostFacts,
+): AttachmentRecord | null {
+  const old = native.getAttachment(state, target.key);
+  const same =
+    old !== null &&
+    target.role === 'pod' &&
+    old.role === 'pod' &&
+    old.hostIfindex === facts.host.ifindex &&
+    old.hostMac === facts.host.mac &&
+    old.podIfindex === facts.pod.ifindex &&
+    old.netns.dev === facts.netns.dev &&
+    old.netns.ino === facts.netns.ino &&
+    old.netns.cookie === facts.netns.cookie &&
+    old.hooks.every(({ kind }) => config.hook === 'auto' || kind === config.hook);
+  return same ? old : null;
+}
+
+/** Whether flows can be older than the enrolment is not changed by enrolling again. */
+function keepNature(native: Native, plan: AttachPlan, previous: AttachmentRecord): void {
+  const strict = native.flags.INTERFACE_STRICT ?? 0;
+  plan.flags = (plan.flags & ~strict) | (previous.flags & strict);
+  if (plan.interface !== null) plan.interface.flags = plan.flags;
+}
+
+/** What an earlier ADD of this key, or of a pod whose host-side index this one has now, left. */
 function removeOld(native: Native, config: RedirectConfig, state: State, target: Target, facts: HostFacts): void {
   const old = native.getAttachment(state, target.key);
   if (old !== null) detachRecord(native, config, state, target.key, old);
@@ -251,16 +291,56 @@ function fillMaps(attachment: Attachment): void {
   const { native, config, state, facts, plan, undo } = attachment;
   const ifindex = facts.host.ifindex;
   try {
-    native.putDirectFlows(state, ifindex, config.directFlowsPerPod, true);
-    undo.push(() => native.deleteDirectFlows(state, ifindex));
+    if (attachment.previous === null) {
+      native.putDirectFlows(state, ifindex, config.directFlowsPerPod, true);
+      undo.push(() => native.deleteDirectFlows(state, ifindex));
+    } else {
+      native.putDirectFlows(state, ifindex, config.directFlowsPerPod, false);
+      undo.push(keepEntries(attachment, attachment.previous));
+    }
+    if (plan.exclusions.length > 0) {
+      undo.push(() => native.deleteExclusions(state, ifindex));
+      native.putExclusions(state, ifindex, plan.exclusions);
+    } else if (attachment.previous !== null) {
+      native.deleteExclusions(state, ifindex);
+    }
     for (const address of plan.addresses) {
       putEndpoint(attachment, address, { ifindex, flags: plan.flags, podMac: facts.pod.mac });
     }
     if (plan.interface !== null) native.putInterface(state, ifindex, plan.interface);
+    if (attachment.previous !== null) {
+      dropAddresses(attachment, attachment.previous);
+      return;
+    }
     undo.push(() => native.deleteCounters(state, ifindex));
     undo.push(() => native.deleteInterface(state, ifindex));
   } catch (error) {
     throw stepError(Code.STATE_FAILED, `record ${facts.host.name} (ifindex ${ifindex}) in ${config.stateDir}`, error);
+  }
+}
+
+/** Puts back what the maps have about an attachment now; done last, after what else is undone about it. */
+function keepEntries({ native, state, facts }: Attachment, previous: AttachmentRecord): () => void {
+  const ifindex = facts.host.ifindex;
+  const before = native.getInterface(state, ifindex);
+  const exclusions = native.getExclusions(state, ifindex);
+  const endpoints = previous.addresses.flatMap((address) => {
+    const endpoint = native.getEndpoint(state, address);
+    return endpoint?.ifindex === ifindex ? [{ address, endpoint }] : [];
+  });
+  return () => {
+    if (before !== null) native.putInterface(state, ifindex, before);
+    for (const { address, endpoint } of endpoints) native.putEndpoint(state, address, endpoint, false);
+    if (exclusions.length > 0) native.putExclusions(state, ifindex, exclusions);
+  };
+}
+
+/** Those that the pod has no more. */
+function dropAddresses({ native, state, facts, plan }: Attachment, previous: AttachmentRecord): void {
+  const kept = new Set(plan.addresses.map(hex));
+  for (const address of previous.addresses) {
+    if (kept.has(hex(address)) || native.getEndpoint(state, address)?.ifindex !== facts.host.ifindex) continue;
+    native.deleteEndpoint(state, address);
   }
 }
 
@@ -356,10 +436,19 @@ function attachLookup(attachment: Attachment, hook: PlannedHook): void {
 
 /** false: this kernel has no TCX (before 6.6), and the configuration leaves the choice. */
 function attachTcx(attachment: Attachment, hook: PlannedHook, program: number, programId: number): boolean {
-  const { native, config, target, netns, undo } = attachment;
+  const { native, config, target, netns, undo, previous } = attachment;
   const pin = linkPin(config.stateDir, target.key, hook.program);
+  const old = previous?.hooks.find(({ program: name }) => name === hook.program);
+  if (old !== undefined && old.kind !== 'tcx') return false;
   noteHook(attachment, { ...hookRecord(hook, programId), kind: 'tcx' });
   makeLinkDirectory(attachment);
+  const link = previous === null ? null : native.linkInfo(pin);
+  if (link?.ifindex === hook.ifindex) {
+    if (link.programId !== programId) native.updateLink(pin, program);
+    return true;
+  }
+  // Its pin may have been left by a link that is dead.
+  if (link !== null) native.detachLink(pin);
   try {
     native.attachTcx(netnsOf(hook, netns), hook.ifindex, hook.direction, program, config.order, pin);
   } catch (error) {
@@ -393,6 +482,17 @@ function attachFilter(
     );
   }
   const present = native.filters(where, hook.ifindex, hook.direction);
+  const old = attachment.previous?.hooks.find(({ program: name }) => name === hook.program);
+  const own = present.find(
+    ({ priority, handle, name }) => priority === old?.priority && handle === old.handle && name === filterName(hook),
+  );
+  if (own !== undefined) {
+    const { priority, handle, name } = own;
+    noteHook(attachment, { ...hookRecord(hook, programId), kind: 'clsact', priority, handle });
+    // cls_bpf swaps the program of a filter in place.
+    native.attachFilter(where, hook.ifindex, hook.direction, program, { priority, handle, name, replace: true });
+    return;
+  }
   const blocking = present.find(({ priority, kind }) => priority === FILTER_PRIORITY && kind !== 'bpf');
   let priority = FILTER_PRIORITY;
   if (blocking !== undefined) {

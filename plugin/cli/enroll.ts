@@ -3,10 +3,12 @@
 // direct; new ones are redirected.
 
 import { attachmentKey } from '../attachments.ts';
-import { formatAddress } from '../cni/address.ts';
+import { formatAddress, type IpPrefix } from '../cni/address.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import { attach, describePod, type Target } from '../datapath.ts';
 import type { AttachmentRecord, Native } from '../native.ts';
+import type { PortRange } from '../redirect/config.ts';
+import { mergeExclusions } from '../redirect/exclusions.ts';
 import { assertOtherNetns, openSandbox } from '../sandbox.ts';
 import { openState } from '../state.ts';
 import type { Settings } from './directories.ts';
@@ -22,9 +24,32 @@ export interface EnrollOptions {
   containerId?: string;
 }
 
-export function enroll(native: Native, terminal: Terminal, settings: Settings, options: EnrollOptions): 0 {
+/** In addition to what the configuration says. */
+export interface TrafficOptions {
+  excludeInboundPorts?: PortRange[];
+  excludeOutboundPorts?: PortRange[];
+  excludeOutboundCidrs?: IpPrefix[];
+  dnsCapture?: boolean;
+}
+
+/** For a pod that is enrolled already: its settings are replaced where they are, and no connection is cut. */
+export function enroll(
+  native: Native,
+  terminal: Terminal,
+  settings: Settings,
+  options: EnrollOptions & TrafficOptions,
+): 0 {
   const target = targetOf(native, settings, options, 'pod');
-  const record = attach(native, settings.config, target);
+  const config = {
+    ...settings.config,
+    dnsCapture: options.dnsCapture ?? settings.config.dnsCapture,
+    exclude: mergeExclusions(settings.config.exclude, {
+      inboundPorts: options.excludeInboundPorts ?? [],
+      outboundPorts: options.excludeOutboundPorts ?? [],
+      outboundCIDRs: options.excludeOutboundCidrs ?? [],
+    }),
+  };
+  const record = attach(native, config, target);
   const addresses = record.addresses.map(formatAddress).join(', ') || 'no address';
   terminal.out(`enrolled ${describePod(record)}: ${record.ifname} (${addresses}) through ${record.hostIfname}\n`);
   return 0;

@@ -7,9 +7,16 @@ import type { Request } from '../cni/dispatch.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import type { Target } from '../datapath.ts';
 import type { Native } from '../native.ts';
-import { ANNOTATIONS_CAPABILITY, podAnnotations, trafficAnnotations } from '../redirect/annotations.ts';
+import {
+  ANNOTATION,
+  ANNOTATIONS_CAPABILITY,
+  podAnnotations,
+  type TrafficAnnotations,
+  trafficAnnotations,
+} from '../redirect/annotations.ts';
 import { declaresCapability, isRateLimited, type RedirectConfig } from '../redirect/config.ts';
 import { decideEnrolment, type Enrolment, podIdentity } from '../redirect/enrolment.ts';
+import { mergeExclusions } from '../redirect/exclusions.ts';
 import { selectPodInterface } from '../redirect/sandbox.ts';
 
 export interface Decision {
@@ -38,7 +45,7 @@ export function decide(native: Native, request: Request, netns: number, config: 
     isSameNetns(native, sandbox, netns),
   );
   return {
-    config: { ...config, dnsCapture: wishes?.dnsCapture ?? config.dnsCapture },
+    config: wishes === undefined ? config : withWishes(config, wishes),
     reason,
     target: {
       key: attachmentKey(native, conf.name, request.containerId, ifname),
@@ -58,6 +65,22 @@ export function decide(native: Native, request: Request, netns: number, config: 
       shaped: isRateLimited(conf.runtimeConfig),
       bypassInbound: wishes?.bypassInbound ?? false,
     },
+  };
+}
+
+/** The node's settings with what the pod asks for itself. Throws CniError 7. */
+function withWishes(config: RedirectConfig, { dnsCapture, exclude }: TrafficAnnotations): RedirectConfig {
+  if (dnsCapture === true && config.proxy.ports.dns === 0) {
+    throw new CniError(
+      Code.INVALID_NETWORK_CONFIG,
+      `invalid pod annotation ${ANNOTATION.dnsCapture}`,
+      `${ANNOTATION.dnsCapture} = "true": proxy.ports.dns is 0, nobody would answer`,
+    );
+  }
+  return {
+    ...config,
+    dnsCapture: dnsCapture ?? config.dnsCapture,
+    exclude: mergeExclusions(config.exclude, exclude),
   };
 }
 

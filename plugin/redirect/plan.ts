@@ -2,8 +2,18 @@
 // From a decision and the kernel's facts to what has to be attached and recorded. Pure: no kernel call, no clock.
 
 import { CniError, Code } from '../cni/errors.ts';
-import type { Address, Direction, InterfaceRecord, Link, Native, NetnsIdentity, ProgramName } from '../native.ts';
+import type {
+  Address,
+  Direction,
+  ExclusionRule,
+  InterfaceRecord,
+  Link,
+  Native,
+  NetnsIdentity,
+  ProgramName,
+} from '../native.ts';
 import type { RedirectConfig } from './config.ts';
+import { exclusionRules } from './exclusions.ts';
 import { uniqueAddresses } from './sandbox.ts';
 
 /** cls_bpf handle of every filter of ours; the place among other filters is the priority. */
@@ -48,6 +58,8 @@ export interface AttachPlan {
   interface: InterfaceRecord | null;
   /** map "endpoints" */
   addresses: Address[];
+  /** map "exclusions" */
+  exclusions: ExclusionRule[];
   flags: number;
 }
 
@@ -94,6 +106,7 @@ export function planPod(
       master: facts.host.master,
     },
     addresses: podAddresses(facts, resultAddresses),
+    exclusions: exclusionRules(config.exclude),
     flags: bits,
   };
 }
@@ -109,6 +122,7 @@ export function planProxy(facts: HostFacts): AttachPlan {
     ],
     interface: null,
     addresses: [],
+    exclusions: [],
     flags: 0,
   };
 }
