@@ -341,9 +341,61 @@ def udp(address, port, text, timeout=2000):
         return {"answer": client.recv(2048).decode()}
 
 
+def question(name, id):
+    labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
+    return struct.pack("!HHHHHH", id, 0x0100, 1, 0, 0, 0) + labels + b"\0" + struct.pack("!HH", 16, 1)
+
+
+def txt(message):
+    """The data of the one TXT record in an answer."""
+    at = 12
+    while message[at]:
+        at += message[at] + 1
+    at += 5 + 10  # the question's type and class; the answer's pointer, type, class, TTL
+    size = struct.unpack("!H", message[at : at + 2])[0]
+    data, text = message[at + 2 : at + 2 + size], b""
+    if len(data) != size:
+        raise ValueError(f"{len(data)} of {size} bytes")
+    while data:
+        text += data[1 : 1 + data[0]]
+        data = data[1 + data[0] :]
+    return text.decode()
+
+
+def dns(questions, sourcePort=0, transport="udp", timeout=2000, checksum=True):
+    """Asks [[resolver, name, id], ...] from one socket; returns [[resolver that answered, id, text], ...]."""
+    family = family_of(questions[0][0])
+    wildcard = "::" if family == socket.AF_INET6 else "0.0.0.0"
+    answers = []
+    if transport == "tcp":
+        for resolver, name, id in questions:
+            with socket.socket(family, socket.SOCK_STREAM) as client:
+                client.settimeout(timeout / 1000)
+                client.connect(target(resolver, 53))
+                message = question(name, id)
+                client.sendall(struct.pack("!H", len(message)) + message)
+                size = struct.unpack("!H", client.recv(2, socket.MSG_WAITALL))[0]
+                message = client.recv(size, socket.MSG_WAITALL)
+                answers.append([plain(client.getpeername()[0]), struct.unpack("!H", message[:2])[0], txt(message)])
+        return {"answers": answers}
+    with socket.socket(family, socket.SOCK_DGRAM) as client:
+        if not checksum:
+            client.setsockopt(socket.SOL_SOCKET, 11, 1)  # SO_NO_CHECK, IPv4 only
+        client.bind(target(wildcard, sourcePort))
+        client.settimeout(timeout / 1000)
+        for resolver, name, id in questions:
+            client.sendto(question(name, id), target(resolver, 53))
+        for _ in questions:
+            message, peer = client.recvfrom(65535)
+            if peer[1] != 53:
+                raise ValueError(f"answer from port {peer[1]}")
+            answers.append([plain(peer[0]), struct.unpack("!H", message[:2])[0], txt(message)])
+    return {"answers": answers}
+
+
 OPERATIONS = {
     f.__name__: f
-    for f in (listen, seen, connect, exchange, send, finish, request, close, abort, many, ping, frame, udp_serve, udp)
+    for f in (listen, seen, connect, exchange, send, finish, request, close, abort, many, ping, frame, udp_serve, udp, dns)
 }
 
 

@@ -154,6 +154,14 @@ export class Endpoint {
     await this.#call('frame', { ifname, hex: Buffer.from(bytes).toString('hex'), count });
   }
 
+  /** Asks resolvers from one socket. A question: [resolver, name, transaction id]. Answers as they come. */
+  async dns(
+    questions: readonly [resolver: string, name: string, id: number][],
+    options: { sourcePort?: number; transport?: 'udp' | 'tcp'; timeout?: number; checksum?: boolean } = {},
+  ): Promise<[resolver: string, id: number, text: string][]> {
+    return (await this.#call<{ answers: [string, number, string][] }>('dns', { questions, ...options })).answers;
+  }
+
   async serveUDP(port: number): Promise<void> {
     await Promise.all([
       this.#call('udp_serve', { address: '0.0.0.0', port }),
