@@ -47,7 +47,7 @@ struct packet {
 	__u8 family;
 	__u8 flags;          /* TCP's 14th byte */
 	__u8 more_fragments;
-	__u8 pad;
+	__u8 protocol;       /* of the packet itself, not of one that it quotes */
 	__u32 fragment_id;   /* with more_fragments and in later fragments, where the tuple has addresses only */
 };
 
@@ -208,6 +208,7 @@ static __always_inline enum kind parse_v4(struct __sk_buff *skb, struct packet *
 	if (ip.protocol != IPPROTO_TCP && ip.protocol != IPPROTO_ICMP && ip.protocol != IPPROTO_UDP)
 		return KIND_OTHER;
 	fragment = bpf_ntohs(ip.frag_off);
+	p->protocol = ip.protocol;
 	p->fragment_id = bpf_ntohs(ip.id);
 	p->more_fragments = !!(fragment & 0x2000);
 	p->l4_off = p->l3_off + ip.ihl * 4;
@@ -251,6 +252,7 @@ static __always_inline enum kind parse_v6(struct __sk_buff *skb, struct packet *
 #pragma unroll
 	for (i = 0; i <= MAX_EXTENSIONS; i++) {
 		p->l4_off = off;
+		p->protocol = next;
 		if (next == IPPROTO_TCP)
 			return parse_tcp(skb, p, end > off ? end - off : 0, 0, &ip);
 		if (next == IPPROTO_UDP)

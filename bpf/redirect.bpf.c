@@ -82,6 +82,7 @@ static __always_inline void report(struct __sk_buff *skb, const struct counter_k
 	if (p) {
 		e.family = p->family;
 		e.flags = p->flags;
+		e.protocol = p->protocol;
 		e.tuple = p->tuple;
 	}
 	if (use_ringbuf)

@@ -258,9 +258,10 @@ struct event {
 	__u16 program;
 	__u16 reason;
 	__u32 length;
-	__u8 family; /* 0: the packet was not parsed as TCP */
+	__u8 family; /* 0: the packet was not parsed, and the tuple is empty */
 	__u8 flags;  /* TCP's */
-	__u16 pad;
+	__u8 protocol; /* IPPROTO_* */
+	__u8 pad;
 	struct tuple tuple;
 	__u32 pad2;
 };

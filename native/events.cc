@@ -93,6 +93,7 @@ class Follower {
     object.Set("length", event.length);
     object.Set("family", event.family);
     object.Set("flags", event.flags);
+    object.Set("protocol", event.protocol);
     object.Set("source", bytes_object(env_, event.tuple.source, 16));
     object.Set("destination", bytes_object(env_, event.tuple.destination, 16));
     object.Set("sourcePort", event.tuple.source_port);

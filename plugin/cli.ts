@@ -15,6 +15,7 @@ import { pods } from './cli/pods.ts';
 import { clearProxies, setProxy, showProxies } from './cli/proxy.ts';
 import { status } from './cli/status.ts';
 import { processTerminal, type Terminal } from './cli/terminal.ts';
+import { trace } from './cli/trace.ts';
 import { unenroll } from './cli/unenroll.ts';
 import { CniError, Code } from './cni/errors.ts';
 import { parseCidr, parsePortRange } from './redirect/config.ts';
@@ -71,6 +72,16 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
     .action((options: DirectoryOptions & Format & { pod?: string }) => {
       const output = options.output as 'table' | 'json' | 'prometheus';
       finish(counters(loadNative(), terminal, directoriesOf(options), output, options.pod));
+    });
+
+  stateOptions(command(program, 'trace', 'what the programs decide, packet by packet, until interrupted'))
+    .addOption(podOption('only packets of this pod'))
+    .option('--reason <reason>', 'only decisions for this reason')
+    .addOption(new Option('--count <number>', 'end after that many').argParser(parseCount))
+    .addOption(format(['text', 'json']))
+    .action(async (options: DirectoryOptions & Format & { pod?: string; reason?: string; count?: number }) => {
+      const output = options.output as 'text' | 'json';
+      finish(await trace(loadNative(), terminal, directoriesOf(options), { ...options, output }));
     });
 
   settingsOptions(command(program, 'enroll', 'what ADD does, for a pod that runs already'))
@@ -161,6 +172,13 @@ function stateOptions(command: Command): Command {
 
 function settingsOptions(command: Command): Command {
   return stateOptions(command).option('--conf <file>', 'settings: a conflist with our entry, or the entry alone');
+}
+
+function parseCount(text: string): number {
+  const value = Number(text);
+  if (!/^[1-9][0-9]*$/.test(text) || !Number.isSafeInteger(value))
+    throw new InvalidArgumentError('It must be 1 or more.');
+  return value;
 }
 
 /** Comma-separated; `parse` returns undefined for what it refuses. */

@@ -207,6 +207,8 @@ export interface TraceEvent {
   family: 0 | 4 | 6;
   /** TCP's; 0 for other packets */
   flags: number;
+  /** IPPROTO_* */
+  protocol: number;
   source: Address;
   destination: Address;
   sourcePort: number;
