@@ -963,7 +963,7 @@ int proxy_egress(struct __sk_buff *skb)
 	f = bpf_map_lookup_elem(&flows, &p.tuple);
 	if (to && is_syn(&p)) {
 		if (self->inbound_hbone && p.tuple.destination_port == self->inbound_hbone &&
-		    !(to->flags & INTERFACE_NO_HBONE)) {
+		    !(to->flags & (INTERFACE_NO_HBONE | INTERFACE_DRAINING))) {
 			/* ztunnel 1.21 and 1.22 reach a local pod through its HBONE port, which is theirs as well. */
 			sk = find_listener(skb, p.family, self->nsid, self->inbound_hbone);
 			if (sk) {

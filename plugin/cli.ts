@@ -16,7 +16,7 @@ import { clearProxies, setProxy, showProxies } from './cli/proxy.ts';
 import { status } from './cli/status.ts';
 import { processTerminal, type Terminal } from './cli/terminal.ts';
 import { trace } from './cli/trace.ts';
-import { unenroll } from './cli/unenroll.ts';
+import { type UnenrollOptions, unenroll } from './cli/unenroll.ts';
 import { CniError, Code } from './cni/errors.ts';
 import { parseCidr, parsePortRange } from './redirect/config.ts';
 
@@ -103,8 +103,8 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
     .option('--netns <path>', 'the pod with this network namespace')
     .addOption(podOption('the pod of this name'))
     .option('--container-id <id>', 'the pod with this sandbox')
-    .option('--no-drain', 'cut connections that go through the proxy (this version always does)')
-    .action((options: DirectoryOptions & { conf?: string; netns?: string; pod?: string; containerId?: string }) => {
+    .option('--no-drain', 'cut connections that go through the proxy')
+    .action((options: DirectoryOptions & UnenrollOptions & { conf?: string }) => {
       const { netns, pod, containerId } = options;
       if ([netns, pod, containerId].filter((choice) => choice !== undefined).length !== 1) {
         unenrollCommand.error('error: exactly one of --netns, --pod and --container-id is needed');

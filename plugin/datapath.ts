@@ -703,7 +703,7 @@ function isSameHostLink(native: Native, record: AttachmentRecord): boolean {
 }
 
 /** Runs `body` in the recorded namespace if it still is the one that was recorded. */
-function inOwnNetns(native: Native, record: AttachmentRecord, body: (netns: number) => void): void {
+export function inOwnNetns(native: Native, record: AttachmentRecord, body: (netns: number) => void): void {
   let netns: number;
   try {
     netns = native.openNetns(record.netnsPath);

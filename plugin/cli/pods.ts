@@ -3,6 +3,7 @@
 
 import { formatAddress } from '../cni/address.ts';
 import { describePod } from '../datapath.ts';
+import { isDraining } from '../drain.ts';
 import type { Native } from '../native.ts';
 import type { Directories } from '../state.ts';
 import { type Attachment, survey } from './survey.ts';
@@ -40,7 +41,7 @@ const COLUMNS: readonly Column[] = [
   ['CONTAINER', ({ record }) => shortened(record.containerId)],
   ['INTERFACE', ({ record }) => record.ifname],
   ['ADDRESSES', ({ record }) => record.addresses.map(formatAddress).join(',') || '-'],
-  ['MODE', (attachment) => mode(attachment)],
+  ['MODE', (attachment, native) => mode(attachment, native)],
   ['PROGRAMS', ({ record, alive }) => (record.hooks.length === 0 ? '-' : `${alive}/${record.hooks.length}`)],
   ['SINCE', ({ record }) => since(record.enrolledAt)],
   ['DROPS', ({ drops }) => String(drops)],
@@ -72,6 +73,7 @@ function document(native: Native, { key, record, present, alive, drops }: Attach
     role: record.role,
     contract: record.contract,
     state: record.state,
+    draining: isDraining(native, record),
     failurePolicy: record.role === 'pod' ? policy(record.flags, native) : null,
     hostInterface: { name: record.hostIfname, ifindex: record.hostIfindex, mac: record.hostMac, present },
     netns: { path: record.netnsPath, ino: Number(record.netns.ino), cookie: record.netns.cookie.toString() },
@@ -81,8 +83,9 @@ function document(native: Native, { key, record, present, alive, drops }: Attach
   };
 }
 
-function mode({ record }: Attachment): string {
+function mode({ record }: Attachment, native: Native): string {
   if (record.state === 'attaching') return 'unfinished';
+  if (isDraining(native, record)) return 'draining';
   if (record.role === 'none') return 'not enrolled';
   return record.role === 'proxy' ? `${record.contract} proxy` : record.contract;
 }

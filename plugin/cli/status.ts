@@ -2,12 +2,14 @@
 // `status`: is the traffic of enrolled pods in order on this node, and what carries it.
 
 import { describePod } from '../datapath.ts';
+import { endDrains } from '../drain.ts';
 import type { Native } from '../native.ts';
 import { type Directories, knownStateDirs } from '../state.ts';
 import { count, type Problem, type Survey, type SurveyedProxy, survey, type WantedListener } from './survey.ts';
 import { printable, type Terminal } from './terminal.ts';
 
 export function status(native: Native, terminal: Terminal, directories: Directories, json: boolean): 0 | 1 {
+  endDrains(native, directories);
   const found = survey(native, directories);
   if (found === null) {
     const lost = knownStateDirs(directories.runDir).includes(directories.stateDir);

@@ -7,6 +7,7 @@ import { hex } from '../attachments.ts';
 import { formatAddress } from '../cni/address.ts';
 import { Code } from '../cni/errors.ts';
 import { describePod, type Finding, verify } from '../datapath.ts';
+import { isDraining } from '../drain.ts';
 import type {
   AttachmentKey,
   AttachmentRecord,
@@ -227,7 +228,8 @@ function proxyProblems(
 ): Problem[] {
   const open = native.flags.INTERFACE_POLICY_OPEN ?? 0;
   const enrolled = attachments.filter(
-    ({ record, present }) => record.role === 'pod' && record.state === 'attached' && present,
+    ({ record, present }) =>
+      record.role === 'pod' && record.state === 'attached' && present && !isDraining(native, record),
   );
   if (enrolled.length === 0) return [];
   const closed = enrolled.filter(({ record }) => (record.flags & open) === 0);

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// `unenroll`: takes a running pod's programs away. The pod stays recorded as one that is not enrolled, so that the
+// `unenroll`: takes a running pod's programs away, at once or when the proxy has no connection of it any more. The pod stays recorded as one that is not enrolled, so that the
 // runtime's CHECK and DEL, and a later `enroll`, still know it.
 
 import { statSync } from 'node:fs';
 import { CniError, Code } from '../cni/errors.ts';
 import { attach, describePod, detach } from '../datapath.ts';
+import { beginDrain, endDrains, isDraining, proxiedConnections } from '../drain.ts';
 import type { AttachmentRecord, Native } from '../native.ts';
+import { type Directories, openState } from '../state.ts';
 import type { Settings } from './directories.ts';
 import { recordsOf } from './enroll.ts';
+import { count } from './survey.ts';
 import type { Terminal } from './terminal.ts';
 
 /** Exactly one of the three. */
@@ -16,6 +19,8 @@ export interface UnenrollOptions {
   /** "NAMESPACE/NAME" */
   pod?: string;
   containerId?: string;
+  /** default true; false cuts */
+  drain?: boolean;
 }
 
 export function unenroll(native: Native, terminal: Terminal, settings: Settings, options: UnenrollOptions): 0 {
@@ -25,13 +30,41 @@ export function unenroll(native: Native, terminal: Terminal, settings: Settings,
     throw new CniError(Code.INVALID_NETWORK_CONFIG, 'no such enrolled pod', `${settings.config.stateDir} has none`);
   }
   const { stateDir, runDir } = settings.config;
+  const dirs = { stateDir, runDir };
   for (const { key, record } of found) {
-    detach(native, { stateDir, runDir }, key);
+    const left = options.drain === false ? 0 : drain(native, dirs, key, record);
+    if (left > 0) {
+      terminal.out(
+        `draining ${describePod(record)}: new connections go direct, ${count(left, 'socket')} of the proxy's for it left\n`,
+      );
+      continue;
+    }
+    detach(native, dirs, key);
     remember(native, settings, key, record);
     terminal.out(`unenrolled ${describePod(record)}: ${record.ifname} through ${record.hostIfname}\n`);
   }
-  terminal.err('connections of these pods that went through the proxy are cut: this version does not drain\n');
+  if (options.drain === false) terminal.err('connections of these pods that went through the proxy are cut\n');
+  else {
+    endDrains(native, dirs);
+    if (recordsOf(native, settings).some(({ record }) => isDraining(native, record))) {
+      terminal.err(
+        'draining pods keep their programs until the next ADD, DEL, GC, status or unenroll after the last one\n',
+      );
+    }
+  }
   return 0;
+}
+
+/** Sockets that are left; 0: it can be detached. */
+function drain(native: Native, dirs: Directories, key: Uint8Array, record: AttachmentRecord): number {
+  const state = openState(native, dirs.stateDir);
+  if (state === null) return 0;
+  try {
+    beginDrain(native, dirs, state, key, record);
+    return proxiedConnections(native, state, record);
+  } finally {
+    native.closeState(state);
+  }
 }
 
 /** Throws CniError 7 for a path that is not there. */

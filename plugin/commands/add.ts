@@ -5,6 +5,7 @@ import type { Request } from '../cni/dispatch.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import type { Result } from '../cni/result.ts';
 import { attach } from '../datapath.ts';
+import { tryEndDrains } from '../drain.ts';
 import { createLog } from '../log.ts';
 import type { Native } from '../native.ts';
 import { parseConfig } from '../redirect/config.ts';
@@ -18,6 +19,8 @@ export function add(native: Native, request: Request): Result {
   if (conf.prevResult === undefined) {
     throw new CniError(Code.INVALID_NETWORK_CONFIG, 'must be called as a chained plugin', 'prevResult is missing');
   }
+  const undrained = tryEndDrains(native, config);
+  if (undrained !== null) log.warn(`a drained pod keeps its programs: ${undrained}`);
   const netns = openSandbox(native, path);
   try {
     if (!request.netnsOverride) assertOtherNetns(native, netns, path);

@@ -5,6 +5,7 @@
 import { attachmentKey } from '../attachments.ts';
 import type { Request } from '../cni/dispatch.ts';
 import { detach } from '../datapath.ts';
+import { tryEndDrains } from '../drain.ts';
 import { createLog } from '../log.ts';
 import type { Native } from '../native.ts';
 import { locateState } from '../redirect/config.ts';
@@ -15,5 +16,7 @@ export function del(native: Native, request: Request): void {
   const log = createLog(location.logLevel);
   for (const error of location.ignored) log.warn(`DEL goes on with a default: ${error.message}`);
   const found = detach(native, location, attachmentKey(native, conf.name, containerId, ifname));
+  const undrained = tryEndDrains(native, location);
+  if (undrained !== null) log.warn(`a drained pod keeps its programs: ${undrained}`);
   log.debug(`${containerId} ${ifname}: ${found ? 'detached' : 'nothing was attached'}`);
 }

@@ -6,6 +6,7 @@ import { attachmentKey, hex } from '../attachments.ts';
 import type { Request } from '../cni/dispatch.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import { describePod, detachRecord, isDead } from '../datapath.ts';
+import { tryEndDrains } from '../drain.ts';
 import { createLog } from '../log.ts';
 import type { Native } from '../native.ts';
 import { removeDeadProxies } from '../proxies.ts';
@@ -21,6 +22,8 @@ export function gc(native: Native, request: Request): void {
     validAttachments && new Set(validAttachments.map((a) => hex(attachmentKey(native, name, a.containerID, a.ifname))));
   if (valid === null) log.info('GC without a list of valid attachments: only what is proved dead is removed');
 
+  const undrained = tryEndDrains(native, config);
+  if (undrained !== null) log.warn(`a drained pod keeps its programs: ${undrained}`);
   const state = openState(native, config.stateDir);
   if (state === null) return;
   const failures: string[] = [];

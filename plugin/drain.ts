@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// Leaving without cutting: new connections of a draining pod go direct, those that the proxy has stay with it, and the
+// programs go when it has none of them any more. Nothing of ours may be running then, so that whatever runs next looks.
+
+import { existsSync, mkdirSync, rmSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { hex } from './attachments.ts';
+import { detachRecord, inOwnNetns } from './datapath.ts';
+import type { AttachmentKey, AttachmentRecord, Native, State } from './native.ts';
+import { type Directories, openState } from './state.ts';
+
+/** Exists while a pod drains, so that a run that has nothing to do finds out by one system call. */
+function marker({ runDir }: Directories): string {
+  return join(runDir, 'draining');
+}
+
+export function isDraining(native: Native, record: AttachmentRecord): boolean {
+  return record.role === 'pod' && (record.flags & (native.flags.INTERFACE_DRAINING ?? 0)) !== 0;
+}
+
+/** From now on new connections of the pod go direct. */
+export function beginDrain(
+  native: Native,
+  dirs: Directories,
+  state: State,
+  key: AttachmentKey,
+  record: AttachmentRecord,
+): void {
+  const flags = record.flags | (native.flags.INTERFACE_DRAINING ?? 0);
+  mkdirSync(dirs.runDir, { recursive: true, mode: 0o700 });
+  writeFileSync(marker(dirs), '', { mode: 0o600 });
+  native.putAttachment(state, key, { ...record, flags });
+  const entry = native.getInterface(state, record.hostIfindex);
+  if (entry !== null) native.putInterface(state, record.hostIfindex, { ...entry, flags });
+  for (const address of record.addresses) {
+    const endpoint = native.getEndpoint(state, address);
+    if (endpoint?.ifindex !== record.hostIfindex) continue;
+    native.putEndpoint(state, address, { ...endpoint, flags }, false);
+  }
+}
+
+/** Connections of the pod that a proxy has at this moment: both ends of each, where it has both. */
+export function proxiedConnections(native: Native, state: State, record: AttachmentRecord): number {
+  const own = new Set(record.addresses.map(hex));
+  let found = 0;
+  for (const proxy of native.getProxies(state).proxies) {
+    const attachment = native.getAttachment(state, proxy.key);
+    if (attachment === null) continue;
+    inOwnNetns(native, attachment, (netns) => {
+      found += native
+        .connections(netns)
+        .filter(({ local, remote }) => own.has(hex(local)) || own.has(hex(remote))).length;
+    });
+  }
+  return found;
+}
+
+/** Takes the programs away; the pod stays recorded as one that is not enrolled while it is there. */
+export function endDrain(
+  native: Native,
+  dirs: Directories,
+  state: State,
+  key: AttachmentKey,
+  record: AttachmentRecord,
+): void {
+  detachRecord(native, dirs, state, key, record);
+  inOwnNetns(native, record, () => {
+    native.putAttachment(state, key, {
+      ...record,
+      state: 'recorded',
+      role: 'none',
+      flags: 0,
+      hooks: [],
+      programTag: '',
+    });
+  });
+}
+
+/** Ends every drain that is over. Throws NativeError, or CniError 103 or 104; what is left is for the next run. */
+export function endDrains(native: Native, dirs: Directories): void {
+  if (!existsSync(marker(dirs))) return;
+  const state = openState(native, dirs.stateDir);
+  try {
+    let left = 0;
+    for (const { key, record } of state === null ? [] : native.listAttachments(state)) {
+      if (state === null || !isDraining(native, record)) continue;
+      if (proxiedConnections(native, state, record) > 0) left++;
+      else endDrain(native, dirs, state, key, record);
+    }
+    if (left === 0) rmSync(marker(dirs), { force: true });
+  } finally {
+    if (state !== null) native.closeState(state);
+  }
+}
+
+/** For the verbs, whose own work does not depend on it: the error's text, or null. */
+export function tryEndDrains(native: Native, dirs: Directories): string | null {
+  try {
+    endDrains(native, dirs);
+    return null;
+  } catch (error) {
+    if (error instanceof Error) return error.message;
+    throw error;
+  }
+}
