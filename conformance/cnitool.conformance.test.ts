@@ -70,7 +70,8 @@ describe.runIf(HAVE_GO)('cnitool (optional)', () => {
     const cache = join(node.directory, 'var-lib-cni');
     for (const one of [directory, cache]) mkdirSync(one, { recursive: true });
     writeFileSync(join(directory, '10-chain.conflist'), JSON.stringify(list));
-    const script = 'mkdir -p /var/lib/cni && mount --bind "$1" /var/lib/cni && shift && exec "$@"';
+    const script =
+      'mount -t tmpfs none /var/lib && mkdir /var/lib/cni && mount --bind "$1" /var/lib/cni && shift && exec "$@"';
     const argv = [cnitool, verb, list.name, pod.namespace.path];
     return await node.namespace.exec(['unshare', '--mount', 'sh', '-c', script, 'sh', cache, ...argv], {
       env: {
