@@ -4,15 +4,17 @@
 // start from.
 
 import { randomBytes } from 'node:crypto';
-import { existsSync, readFileSync } from 'node:fs';
+import { appendFileSync, existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { type KernelState, kernelState } from './kernel-state.ts';
-import { exec, type Namespace, Testbed } from './netns.ts';
+import { type Namespace, Testbed } from './netns.ts';
 import { type JsonObject, type NetworkList, type PluginConf, Runtime, type RuntimeConf } from './runtime.ts';
 
 export const DEBIAN = '/usr/lib/cni';
 export const SCRIPTED = join(import.meta.dirname, 'plugins');
-export const EXECUTABLE = join(import.meta.dirname, '..', 'dist', 'ambient-redirect');
+/** Another build can be put in its place; its file name is to be the same. */
+export const EXECUTABLE =
+  process.env.AMBIENT_REDIRECT_EXECUTABLE ?? join(import.meta.dirname, '..', 'dist', 'ambient-redirect');
 
 /** Counters change with every packet of a pod that lives. */
 export const LIVE_STATE = /^pins .*\/counters\[/;
@@ -168,15 +170,9 @@ function shuffled<T>(list: readonly T[]): T[] {
 }
 
 /** A line of the report of foreign programs that took part, for whoever set AMBIENT_PEERS_FILE. */
-export async function reportPeer(peer: string, version: string, ran: boolean, reason?: string): Promise<void> {
-  const line = JSON.stringify({ peer, version, ran, ...(reason && { reason }) });
+export function reportPeer(peer: string, version: string, ran: boolean, reason?: string): void {
+  const line = JSON.stringify({ peer, version, ran, ...(!ran && { reason }) });
   const file = process.env.AMBIENT_PEERS_FILE;
-  if (!file) {
-    console.log(ran ? `peer: ${peer} ${version}` : `peer: ${peer} not run: ${reason}`);
-    return;
-  }
-  const { appendFile } = await import('node:fs/promises');
-  await appendFile(file, `${line}\n`);
+  if (file) appendFileSync(file, `${line}\n`);
+  else console.log(ran ? `peer: ${peer} ${version}` : `peer: ${peer} not run: ${reason}`);
 }
-
-export { exec };

@@ -93,6 +93,9 @@ async function lifecycle(list: NetworkList): Promise<void> {
 
   if (list.cniVersion !== '0.3.1') {
     const during = await node.state(pod);
+    expect([...during.keys()].filter((key) => /^node (tcx|filter) vh|^node (tcx|filter) veth/.test(key))).not.toEqual(
+      [],
+    );
     // portmap 1.1.1's CHECK always fails (reference.conformance.test.ts).
     const plugins = list.plugins.filter(({ type }) => type !== 'portmap');
     await node.runtime.check({ ...list, plugins }, rtOf(pod));
@@ -233,6 +236,7 @@ describe('GC through the runtime (1.1.0)', () => {
     const list = node.list('1.1.0', own(2), node.ours());
     const pod = node.pod();
     await node.runtime.add(list, pod.rt());
+    expect(await node.attachments()).toHaveLength(1);
     rmSync(node.runtime.cacheFile(list.name, pod.rt()));
     await node.runtime.gc(list, valid);
     expect(await node.attachments()).toEqual([]);
@@ -268,6 +272,7 @@ describe('kubelet and containerd', () => {
     await node.runtime.add(list, pod.rt());
     expect(await node.attachments()).toMatchObject([{ uid, name: 'static-node-1', role: 'pod', state: 'attached' }]);
     await node.runtime.del(list, pod.rt());
+    expect(await node.attachments()).toEqual([]);
   });
 
   test('the sandbox is made anew: DEL of the old id, ADD of a new one with the same UID and another address', async () => {

@@ -2,7 +2,7 @@
 //
 // npm run conformance -- --plugin PATH --conf FILE [--json]: runs the CNI rules against any chained plugin.
 
-import { readFileSync } from 'node:fs';
+import { accessSync, constants, readFileSync } from 'node:fs';
 import { basename, resolve } from 'node:path';
 import { Command, CommanderError } from 'commander';
 import type { SubjectOptions } from './cases/subject.ts';
@@ -74,6 +74,11 @@ async function main(): Promise<number> {
   }
   if (!options.plugin || !options.conf) throw new Error('--plugin and --conf are needed (or --list)');
   const plugin = resolve(options.plugin);
+  try {
+    accessSync(plugin, constants.X_OK);
+  } catch {
+    throw new Error(`${plugin}: no such executable`);
+  }
   const subject: SubjectOptions = {
     plugin,
     entry: entryOf(json(readFileSync(options.conf, 'utf8'), options.conf), plugin, options.conf),

@@ -191,7 +191,10 @@ describe('where the addon loads from', () => {
     expectDeleted(await inMountNamespace(`${BIN} ${NOEXEC_DIRECTORIES} ${RUN_DEL} /mnt/ambient-redirect`));
   });
 
-  const nowhere = `${BIN} ${NOEXEC_DIRECTORIES} ${READ_ONLY_ROOT}`;
+  // The checkout may be below one of these directories, so what is needed of it is taken first.
+  const hostile = `${NOEXEC_DIRECTORIES} ${READ_ONLY_ROOT}`;
+  const nowhere = `${BIN} ${hostile}`;
+  const beside = `${BIN} install -m 0644 ${ADDON} /mnt/ambient-redirect.node; ${hostile}`;
   const run = `mount -o remount,ro /mnt; ${RUN_DEL} /mnt/ambient-redirect`;
 
   test('nowhere: one error document with every place and its reason', async () => {
@@ -207,8 +210,7 @@ describe('where the addon loads from', () => {
 
   test('from a file beside the executable, when it is the same and only root can change it', async () => {
     const outcome = await inMountNamespace(`
-      ${nowhere}
-      install -m 0644 ${ADDON} /mnt/ambient-redirect.node
+      ${beside}
       ${run}
     `);
     expectDeleted(outcome);
@@ -224,9 +226,8 @@ describe('where the addon loads from', () => {
     ['fifo', 'rm $FILE; mkfifo $FILE', 'not a regular file'],
   ])('not from a file beside it that is wrong: %s', async (_, spoil, reason) => {
     const outcome = await inMountNamespace(`
-      ${nowhere}
+      ${beside}
       FILE=/mnt/ambient-redirect.node
-      install -m 0644 ${ADDON} $FILE
       ${spoil}
       ${run}
     `);

@@ -373,7 +373,7 @@ export function decodeResult(raw: JsonObject): JsonObject {
     throw new Error(`unsupported CNI result version ${JSON.stringify(version)}`);
   }
   const old = FAMILY_0.includes(version);
-  return compact({
+  const decoded = compact({
     cniVersion: version,
     interfaces: rows(raw.interfaces, 'interfaces').map((one) => ({
       name: text(one.name, 'name') ?? '',
@@ -405,6 +405,8 @@ export function decodeResult(raw: JsonObject): JsonObject {
     })),
     dns: dns(raw.dns),
   });
+  // Only the types of 1.x leave out a DNS that is empty.
+  return old ? { dns: {}, ...decoded } : decoded;
 }
 
 /** Result.GetAsVersion. Converting down drops what the older family has no place for. */
@@ -419,7 +421,13 @@ export function convertResult(result: JsonObject, version: string): JsonObject {
     name,
     ...compact({ mac, sandbox }),
   }));
-  return { ...result, cniVersion: version, ...compact({ ips, interfaces }) };
+  const { dns: given = {}, ...rest } = result;
+  return {
+    ...rest,
+    cniVersion: version,
+    ...compact({ ips, interfaces }),
+    ...(old ? { dns: given } : compact({ dns: given })),
+  };
 }
 
 /** Without keys whose value Go's `omitempty` leaves out. */

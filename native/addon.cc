@@ -904,12 +904,6 @@ Napi::Value name_table(const Info &info) {
   return object;
 }
 
-// Hashing the object costs about half a millisecond, which only those pay who ask.
-Napi::Value get_object_id(const Info &info) {
-  static const std::string id = object_id();
-  return Napi::String::New(info.Env(), id);
-}
-
 struct Export {
   const char *name;
   Napi::Value (*callback)(const Info &);
@@ -1043,7 +1037,6 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
     property.attributes = napi_enumerable;
     properties.push_back(property);
   };
-  getter("objectId", call_getter<get_object_id>);
   getter("reasons", call_getter<name_table<REASONS>>);
   getter("programs", call_getter<name_table<PROGRAMS>>);
   getter("sizes", call_getter<name_table<SIZES>>);
@@ -1051,6 +1044,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   napi_status status = napi_define_properties(env, exports, properties.size(), properties.data());
   if (status != napi_ok) throw Napi::Error::New(env);
   exports.Set("layoutVersion", LAYOUT_VERSION);
+  exports.Set("objectId", object_id());
   InitTopology(env, exports);
   return exports;
 }

@@ -13,7 +13,7 @@ namespace ambient {
 // replaced; programs that are attached keep running.
 void load_programs(const State &state, const std::string &dir, const std::string &tag);
 // the first 16 hex digits of the object's SHA-256
-std::string object_id();
+const char *object_id();
 
 }  // namespace ambient
 

@@ -17,7 +17,7 @@ import { expect } from 'vitest';
 import { Endpoint } from '../../conformance/e2e/endpoint.ts';
 import { must, type Namespace, Testbed, until } from '../../conformance/netns.ts';
 import { loadNative } from '../../plugin/addon.ts';
-import type { EndpointRecord, Native, ProgramName, ProxyRecord, State } from '../../plugin/native.ts';
+import type { Counter, EndpointRecord, Native, ProgramName, ProxyRecord, State } from '../../plugin/native.ts';
 import { ACK, type End, macText, mapped, SYN, tcpFrame, type Wire } from './frames.ts';
 import type { Answer, NetnsIdCall, TestRunCall, TestRunResult } from './runner.ts';
 
@@ -32,10 +32,10 @@ export interface Addresses {
   podAtProxy: string;
   /** The enrolled pod's; nobody has it, so what is sent to it is never answered. */
   podSilent: string;
+  /** The enrolled pod's; the host has it too. */
+  podAtHost: string;
   /** The pod answers on it, `endpoints` does not know it; the far side has it. */
   vip: string;
-  /** The same, held by the old proxy. */
-  vipAtProxy: string;
   /** The second enrolled pod's. */
   otherPod: string;
   /** Outside, held by the far side. */
@@ -55,8 +55,8 @@ export const addresses: Record<Family, Addresses> = {
     pod: '10.71.0.2',
     podAtProxy: '10.71.0.3',
     podSilent: '10.71.0.4',
+    podAtHost: '10.71.0.5',
     vip: '10.96.0.10',
-    vipAtProxy: '10.96.0.11',
     otherPod: '10.71.0.9',
     outside: '203.0.113.1',
     outsideSilent: '203.0.113.9',
@@ -69,8 +69,8 @@ export const addresses: Record<Family, Addresses> = {
     pod: 'fd71::2',
     podAtProxy: 'fd71::3',
     podSilent: 'fd71::4',
+    podAtHost: 'fd71::5',
     vip: 'fd96::10',
-    vipAtProxy: 'fd96::11',
     otherPod: 'fd71::9',
     outside: '2001:db8:1::1',
     outsideSilent: '2001:db8:1::9',
@@ -247,12 +247,13 @@ export class Node {
       },
     );
     for (const family of families) {
-      const { pod: server, vip, outside, podAtProxy, vipAtProxy, outsideAtOld, outsideAtNew } = addresses[family];
+      const { pod: server, vip, outside, podAtProxy, podAtHost, outsideAtOld, outsideAtNew } = addresses[family];
+      hold(node, [podAtHost]);
       hold(far, [server, vip, outside]);
-      hold(old, [outsideAtOld, podAtProxy, vipAtProxy]);
+      hold(old, [outsideAtOld, podAtProxy]);
       hold(newer, [outsideAtNew]);
       const gateway = family === 4 ? ['10.99.1.2', '10.99.2.2'] : ['fd99:1::2', 'fd99:2::2'];
-      for (const address of [outsideAtOld, podAtProxy, vipAtProxy]) route(far, address, gateway[0]);
+      for (const address of [outsideAtOld, podAtProxy]) route(far, address, gateway[0]);
       route(far, outsideAtNew, gateway[1]);
     }
 
@@ -276,6 +277,7 @@ export class Node {
         ...[HTTP, APP].flatMap((port) => [node.far.listen(port), node.old.listen(port), node.new.listen(port)]),
         ...[OUTBOUND, PLAINTEXT, HBONE].flatMap((port) => [node.old.listen(port), node.new.listen(port)]),
         node.inPod.listen(APP),
+        node.inNode.listen(APP),
       ]);
       const { pod, old, new: newer } = node.namespaces;
       const [podId, oldId, newId] = await Promise.all([pod, old, newer].map((one) => node.runner.netnsId(one)));
@@ -444,8 +446,8 @@ export class Datapath {
       master,
     });
     for (const family of families) {
-      const { pod, podAtProxy, podSilent } = addresses[family];
-      for (const address of [pod, podAtProxy, podSilent]) {
+      const { pod, podAtProxy, podSilent, podAtHost } = addresses[family];
+      for (const address of [pod, podAtProxy, podSilent, podAtHost]) {
         native.putEndpoint(this.state, mapped(address), { ifindex, flags: all, podMac: POD_MAC }, false);
       }
     }
@@ -530,23 +532,27 @@ export class Datapath {
     return macText(Uint8Array.from([...this.sign, meaning]));
   }
 
-  /** Runs a program once and asserts verdict, frame, mark, and that exactly one packet was counted, for that reason. */
-  async check(program: ProgramName, frame: Uint8Array, outcome: Outcome, skb: SkbFields = {}): Promise<void> {
-    const { native, ifindex } = this.node;
-    const inProxy = program === 'proxy_ingress';
-    const device = skb.ifindex ?? (inProxy ? 1 : program.startsWith('pod') ? ifindex.pod : ifindex.old);
-    const counted = inProxy ? 0 : device;
-    const mark = skb.mark ?? FOREIGN_MARK;
-    native.deleteCounters(this.state, counted);
-    const result = await (inProxy ? this.node.inOld : this.node.runner).testRun({
+  /** Runs a program once. */
+  run(program: ProgramName, frame: Uint8Array, skb: SkbFields = {}): Promise<TestRunResult> {
+    const runner = program === 'proxy_ingress' ? this.node.inOld : this.node.runner;
+    return runner.testRun({
       path: join(this.directory, 'programs', this.tag, program),
       packet: frame,
-      skb: { mark, ingressIfindex: skb.ingressIfindex ?? 0, ifindex: device },
+      skb: {
+        mark: skb.mark ?? FOREIGN_MARK,
+        ingressIfindex: skb.ingressIfindex ?? 0,
+        ifindex: skb.ifindex ?? this.#device(program),
+      },
     });
-    const counters = native
-      .counters(this.state)
-      .filter((counter) => counter.ifindex === counted)
-      .map(({ program, reason, packets, bytes }) => ({ program, reason, packets, bytes }));
+  }
+
+  /** Runs a program once and asserts verdict, frame, mark, and that exactly one packet was counted, for that reason. */
+  async check(program: ProgramName, frame: Uint8Array, outcome: Outcome, skb: SkbFields = {}): Promise<void> {
+    // The device's index in the proxy's namespace means nothing on the node.
+    const counted = program === 'proxy_ingress' ? 0 : (skb.ifindex ?? this.#device(program));
+    this.node.native.deleteCounters(this.state, counted);
+    const result = await this.run(program, frame, skb);
+    const counters = this.counters(counted);
     for (const { program, reason } of counters) this.seen.add(`${program} ${reason}`);
     const bytes = BigInt(frame.length);
     const { reason, destination, source } = outcome;
@@ -563,8 +569,21 @@ export class Datapath {
       destination: destination ?? macText(frame.subarray(0, 6)),
       source: source ?? macText(frame.subarray(6, 12)),
       rest: Buffer.from(frame.subarray(12)).toString('hex'),
-      mark: outcome.mark ?? mark,
+      mark: outcome.mark ?? skb.mark ?? FOREIGN_MARK,
     });
+  }
+
+  /** What was counted for a device; 0 stands for proxy_ingress. */
+  counters(ifindex: number): Omit<Counter, 'ifindex'>[] {
+    return this.node.native
+      .counters(this.state)
+      .filter((counter) => counter.ifindex === ifindex)
+      .map(({ program, reason, packets, bytes }) => ({ program, reason, packets, bytes }));
+  }
+
+  #device(program: ProgramName): number {
+    if (program === 'proxy_ingress') return 1;
+    return program.startsWith('pod') ? this.node.ifindex.pod : this.node.ifindex.old;
   }
 }
 

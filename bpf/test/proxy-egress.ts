@@ -168,6 +168,19 @@ export function proxyEgress(datapath: () => Datapath): void {
           await check(send(pod, client, { flags: SYN | ACK }), reinjected);
         });
 
+        test('the answer on an inbound flow to a pod that has the connection: back into the stack all the same', async () => {
+          const d = datapath();
+          const sourcePort = port();
+          const taken = d.toProxy('redirected_inbound', d.old(), SIGN.INBOUND, MARKS.toProxy);
+          const ends = [
+            { address: its.pod, port: sourcePort },
+            { address: its.pod, port: APP },
+          ] as const;
+          await d.check('pod_ingress', tcpFrame(toPod, ...ends), taken, { ingressIfindex: 1 });
+          const { client, server } = await d.node.connect(d.node.inPod, its.pod, its.pod, APP, sourcePort);
+          await check(send(server, client, { flags: SYN | ACK }), reinjected);
+        });
+
         test('both ends are the proxy’s: loops back to it', async () => {
           const d = datapath();
           const { client, server } = await d.node.connect(d.node.far, its.outside, its.podAtProxy, APP);
@@ -203,6 +216,13 @@ export function proxyEgress(datapath: () => Datapath): void {
         test('the entry was evicted, the pod’s namespace is not known: not delivered', async () => {
           const d = datapath();
           const { client, server } = await d.node.connect(d.node.inPod, its.pod, its.pod, APP);
+          d.enrol({ nsid: -1 });
+          await check(send(client, server, { flags: ACK }), reinjected);
+        });
+
+        test('the entry was evicted, the pod’s namespace is not known: the host’s sockets say nothing about it', async () => {
+          const d = datapath();
+          const { client, server } = await d.node.connect(d.node.inNode, its.podAtHost, its.podAtHost, APP);
           d.enrol({ nsid: -1 });
           await check(send(client, server, { flags: ACK }), reinjected);
         });

@@ -6,7 +6,8 @@ import { dirname, join } from 'node:path';
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { loadNative } from '../../plugin/addon.ts';
 import { reasonsInSource } from './coverage.ts';
-import { Datapath, drop, Node, pass } from './node.ts';
+import { tcpFrame } from './frames.ts';
+import { addresses, Datapath, drop, fromPod, Node, pass } from './node.ts';
 import { podEgress } from './pod-egress.ts';
 import { podIngress } from './pod-ingress.ts';
 import { proxyEgress } from './proxy-egress.ts';
@@ -59,6 +60,22 @@ describe('variants', () => {
       native.closeState(state);
     },
   );
+});
+
+describe('counters', () => {
+  test('add up packets and bytes', async () => {
+    const { pod } = node.ifindex;
+    const [ends, more] = [
+      { address: addresses[4].outside, port: 1 },
+      { address: addresses[4].pod, port: 2 },
+    ];
+    node.native.deleteCounters(standard.state, pod);
+    const frames = [0, 100, 1000].map((length) => tcpFrame(fromPod, ends, more, { payload: Buffer.alloc(length) }));
+    for (const frame of frames) await standard.run('pod_egress', frame);
+    expect(standard.counters(pod)).toEqual([
+      { program: 'pod_egress', reason: 'drop_spoofed_source', packets: 3n, bytes: BigInt(3 * 54 + 1100) },
+    ]);
+  });
 });
 
 /** Enumerators of an enum of redirect.h, in lower case and without the prefix. */

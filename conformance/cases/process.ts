@@ -95,7 +95,7 @@ export const processRules: Rule[] = [
     async run(subject) {
       const pods = Array.from({ length: 20 }, () => subject.pod());
       const version = subject.newest;
-      const results = await Promise.all(pods.map((pod) => subject.call('ADD', pod, version, { timeout: 60_000 })));
+      const results = await Promise.all(pods.map((pod) => subject.call('ADD', pod, version)));
       for (const [index, outcome] of results.entries()) {
         const { interfaces } = result(outcome, `ADD ${index + 1} of 20`);
         const sandboxes = Array.isArray(interfaces) ? interfaces.map((one) => isObject(one) && one.sandbox) : [];
@@ -103,7 +103,7 @@ export const processRules: Rule[] = [
           throw new Violation(`ADD ${index + 1} of 20: its own sandbox is not in its Result: ${outcome.stdout}`);
         }
       }
-      await Promise.all(pods.map((pod) => subject.del(pod, version, { timeout: 60_000 })));
+      await Promise.all(pods.map((pod) => subject.del(pod, version)));
     },
   },
   {

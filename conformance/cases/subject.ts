@@ -6,7 +6,7 @@
 import { rmSync, writeFileSync } from 'node:fs';
 import { basename, dirname } from 'node:path';
 import { differences, type KernelState, kernelState } from '../kernel-state.ts';
-import { type ExecOptions, exec, must, type Namespace, type Outcome, removeNetns, Testbed, until } from '../netns.ts';
+import { type ExecOptions, exec, type Namespace, type Outcome, removeNetns, Testbed, until } from '../netns.ts';
 import { encode, isObject, type JsonObject, older } from '../runtime.ts';
 
 export const VERSIONS = ['0.3.1', '0.4.0', '1.0.0', '1.1.0'] as const;
@@ -203,9 +203,12 @@ export class Subject {
       if (pod.attached) await this.call('DEL', pod, pod.attached);
     }
     // Not left to the end of the namespaces, which the kernel takes its time for: the next rule compares states.
-    const present = this.node.links();
-    const links = pods.filter((pod) => present.includes(pod.hostIfname)).map((pod) => `link del ${pod.hostIfname}\n`);
-    if (links.length > 0) must(['ip', '-n', this.node.name, '-batch', '-'], links.join(''));
+    await this.node.exec(['ip', '-force', '-batch', '-'], {
+      input: pods.map((pod) => `link del ${pod.hostIfname}\n`).join(''),
+    });
+    const links = this.node.links();
+    const left = pods.filter((pod) => links.includes(pod.hostIfname)).map((pod) => pod.hostIfname);
+    if (left.length > 0) throw new Error(`not deleted: ${left.join(', ')}`);
     for (const pod of pods) {
       removeNetns(pod.namespace);
       rmSync(pod.namespace.path, { force: true });
@@ -255,7 +258,7 @@ export class Subject {
     command: string,
     pod: Pod | undefined,
     version: string,
-    { env: overrides = {}, stdin, timeout = 10_000, shell, cwd }: CallOptions = {},
+    { env: overrides = {}, stdin, timeout = 30_000, shell, cwd }: CallOptions = {},
   ): Promise<Outcome> {
     const env: Record<string, string> = this.env(command, pod);
     for (const [key, value] of Object.entries(overrides)) {

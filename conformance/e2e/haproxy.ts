@@ -14,6 +14,8 @@ export const METRICS_PORT = 9090;
  */
 export const TUNNELLED_PORT = 8443;
 export const INNER_PORT = 80;
+/** As TUNNELLED_PORT, but from the proxy's own address, as ztunnel 1.22 does where it has no HBONE of the client's. */
+export const OWN_SOURCE_PORT = 8444;
 
 const configuration = `
 global
@@ -31,7 +33,9 @@ defaults
 frontend outbound
   bind :15001 transparent backlog 4096
   bind :::15001 v6only transparent backlog 4096
-  tcp-request connection set-dst-port int(15008) if { dst_port ${TUNNELLED_PORT} }
+  tcp-request connection set-var(sess.own) int(1) if { dst_port ${OWN_SOURCE_PORT} }
+  tcp-request connection set-dst-port int(15008) if { dst_port ${TUNNELLED_PORT} } or { dst_port ${OWN_SOURCE_PORT} }
+  use_backend own_source if { var(sess.own) -m int 1 }
   default_backend original
 frontend inbound
   bind :15006 transparent backlog 4096
@@ -44,6 +48,8 @@ frontend hbone
   default_backend original
 backend original
   source 0.0.0.0 usesrc clientip
+  server original 0.0.0.0:0
+backend own_source
   server original 0.0.0.0:0
 frontend metrics
   mode http
