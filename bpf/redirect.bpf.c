@@ -54,14 +54,26 @@ static __always_inline struct fragment_key fragment_key(const struct run *r, con
 }
 
 /* Only a first fragment has the ports: what becomes of it becomes of those that follow. */
-static __always_inline void remember_fragment(const struct run *r, const struct fragment *f)
+static __always_inline void remember_fragment(const struct run *r, struct fragment *f)
 {
 	struct fragment_key key;
 
 	if (!r->p || !r->p->more_fragments)
 		return;
 	key = fragment_key(r, r->p);
+	f->time = bpf_ktime_get_ns();
 	bpf_map_update_elem(&fragments, &key, f, BPF_ANY);
+}
+
+/* As long as a receiver waits for the rest (net.ipv4.ipfrag_time). */
+#define FRAGMENT_LIFETIME 30000000000ull
+
+static __always_inline struct fragment *first_fragment(const struct run *r, const struct packet *p)
+{
+	struct fragment_key key = fragment_key(r, p);
+	struct fragment *f = bpf_map_lookup_elem(&fragments, &key);
+
+	return f && bpf_ktime_get_ns() - f->time < FRAGMENT_LIFETIME ? f : 0;
 }
 
 /* Costs one array lookup while nobody listens. */
@@ -583,8 +595,7 @@ static __always_inline int new_connection(const struct run *r, struct packet *p,
 
 static __always_inline int later_fragment(const struct run *r, const struct packet *p)
 {
-	struct fragment_key key = fragment_key(r, p);
-	struct fragment *f = bpf_map_lookup_elem(&fragments, &key);
+	struct fragment *f = first_fragment(r, p);
 	__u8 macs[12];
 
 	if (!f)
@@ -763,8 +774,7 @@ static __always_inline int answer_query(const struct run *r, const struct packet
 
 static __always_inline int answer_fragment(const struct run *r, const struct packet *p, const struct endpoint *to)
 {
-	struct fragment_key key = fragment_key(r, p);
-	struct fragment *f = bpf_map_lookup_elem(&fragments, &key);
+	struct fragment *f = first_fragment(r, p);
 	__u8 resolver[16];
 
 	if (!f || f->action != FRAGMENT_DNS_ANSWER)

@@ -218,10 +218,12 @@ struct fragment_key {
 	__u8 destination[16];
 };
 struct fragment {
+	__u64 time;           /* bpf_ktime_get_ns; identifications come again */
 	__u32 action;         /* FRAGMENT_* */
 	__u32 ifindex;        /* FRAGMENT_REDIRECT: proxy's host-side interface */
 	__u8 macs[12];        /* FRAGMENT_REDIRECT: as the first one got them */
 	__u8 resolver[16];    /* FRAGMENT_DNS_ANSWER: source that the first one got */
+	__u32 pad;
 };
 #define FRAGMENT_PASS 1
 #define FRAGMENT_REDIRECT 2

@@ -74,7 +74,7 @@ describe('createState', () => {
       endpoints: { type: 'hash', bytes_key: 16, bytes_value: sizes.endpoint, max_entries: 64, flags: noPrealloc },
       events: { type: 'ringbuf', max_entries: 1 << 20 },
       exclusions: { type: 'hash_of_maps', bytes_key: 4, max_entries: 16, flags: noPrealloc },
-      fragments: { type: 'lru_hash', bytes_key: 40, bytes_value: 36, max_entries: 4096 },
+      fragments: { type: 'lru_hash', bytes_key: 40, bytes_value: 48, max_entries: 4096 },
       listeners: { type: 'sockhash', bytes_key: 8, bytes_value: 8, max_entries: 64 },
       resolvers: { type: 'lru_hash', bytes_key: 20, bytes_value: 16, max_entries: 16384 },
       reused: { type: 'lru_hash', bytes_key: sizes.tuple, bytes_value: 8, max_entries: 4096 },

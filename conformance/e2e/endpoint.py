@@ -285,14 +285,14 @@ def checksum(data):
     return ~total & 0xFFFF
 
 
-def ping(address, timeout=2000):
+def ping(address, timeout=2000, size=16):
     family = family_of(address)
     six = family == socket.AF_INET6
     protocol = socket.IPPROTO_ICMPV6 if six else socket.IPPROTO_ICMP
     kind, reply = SOLICIT[family]
     number = os.getpid() & 0xFFFF
     with socket.socket(family, socket.SOCK_RAW, protocol) as raw:
-        body = struct.pack("!BBHHH", kind, 0, 0, number, 1) + b"ambient-redirect"
+        body = struct.pack("!BBHHH", kind, 0, 0, number, 1) + pattern(size)
         if not six:  # the kernel fills in ICMPv6's
             body = body[:2] + struct.pack("!H", checksum(body)) + body[4:]
         end = time.monotonic() + timeout / 1000
@@ -302,7 +302,7 @@ def ping(address, timeout=2000):
             if left <= 0:
                 raise TimeoutError(f"no echo reply from {address}")
             raw.settimeout(left)
-            packet, source = raw.recvfrom(2048)
+            packet, source = raw.recvfrom(65535)
             if not six:
                 packet = packet[(packet[0] & 15) * 4 :]
             if plain(source[0]) == address and packet[0] == reply and packet[4:6] == struct.pack("!H", number):
@@ -315,6 +315,117 @@ def frame(ifname, hex, count=1):
         raw.bind((ifname, 0))
         for _ in range(count):
             raw.send(bytes.fromhex(hex))
+    return {}
+
+
+class Segments:
+    """A TCP client byte by byte, past the IP stack, which must be kept from sending RST."""
+
+    def __init__(self, ifname, mac, gateway, source, sourcePort, address, port, timeout):
+        self.raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        self.raw.bind((ifname, 0))
+        self.six = ":" in address
+        self.type = b"\x86\xdd" if self.six else b"\x08\x00"
+        self.ethernet = bytes.fromhex(gateway.replace(":", "") + mac.replace(":", "")) + self.type
+        family = family_of(address)
+        self.source, self.address = socket.inet_pton(family, source), socket.inet_pton(family, address)
+        self.ports = struct.pack("!HH", sourcePort, port)
+        self.seq, self.ack = 0x01020304, 0
+        self.id = sourcePort  # a new one for each connection: the old ones are remembered for a while
+        self.end = time.monotonic() + timeout / 1000
+
+    def segment(self, flags, data=b""):
+        tcp = self.ports + struct.pack("!IIBBHHH", self.seq, self.ack, 5 << 4, flags, 0xFFFF, 0, 0) + data
+        pseudo = self.source + self.address + struct.pack("!II", len(tcp), 6)
+        return tcp[:16] + struct.pack("!H", checksum(pseudo + tcp)) + tcp[18:]
+
+    def packet(self, payload, offset=0, more=False, fragmented=False):
+        if self.six:
+            extension = struct.pack("!BBHI", 6, 0, offset | more, self.id) if fragmented else b""
+            size = len(extension) + len(payload)
+            return struct.pack("!IHBB", 6 << 28, size, 44 if fragmented else 6, 64) + self.source + self.address + extension + payload
+        header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(payload), self.id, offset // 8 | (0x2000 if more else 0), 64, 6, 0)
+        header += self.source + self.address
+        return header[:10] + struct.pack("!H", checksum(header)) + header[12:] + payload
+
+    def send(self, *packets):
+        for packet in packets:
+            self.raw.send(self.ethernet + packet)
+
+    def fragments(self, segment, sizes):
+        """Packets with `sizes` bytes of the segment each, and one with the rest. They get an id of their own."""
+        self.id += 1
+        packets, at = [], 0
+        for size in (*sizes, None):
+            part = segment[at:] if size is None else segment[at : at + size]
+            packets.append(self.packet(part, at, size is not None, True))
+            at += len(part)
+        return packets
+
+    def receive(self):
+        """Flags, sequence number and data of the next segment of this connection."""
+        wanted = self.ports[2:] + self.ports[:2]
+        while True:
+            left = self.end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self.raw.settimeout(left)
+            frame, peer = self.raw.recvfrom(65535)
+            if frame[12:14] != self.type or peer[2] == 4:  # PACKET_OUTGOING
+                continue
+            ip = frame[14:]
+            if self.six:
+                tcp = ip[40 : 40 + struct.unpack("!H", ip[4:6])[0]] if ip[6] == 6 else b""
+            else:
+                tcp = ip[(ip[0] & 15) * 4 : struct.unpack("!H", ip[2:4])[0]] if ip[9] == 6 else b""
+            if tcp[:4] != wanted:
+                continue
+            return tcp[13], struct.unpack("!I", tcp[4:8])[0], tcp[(tcp[12] >> 4) * 4 :]
+
+    def connect(self):
+        self.send(self.packet(self.segment(0x02)))
+        flags, seq, _ = self.receive()
+        if flags & 0x12 != 0x12:
+            raise ConnectionError(f"flags {flags:#x} instead of SYN ACK")
+        self.seq += 1
+        self.ack = seq + 1
+        self.send(self.packet(self.segment(0x10)))
+
+    def read(self, size):
+        got = b""
+        while len(got) < size:
+            flags, seq, data = self.receive()
+            if flags & 0x04:
+                raise ConnectionResetError(errno.ECONNRESET, "reset")
+            if seq == self.ack:
+                got += data
+                self.ack = (self.ack + len(data)) & 0xFFFFFFFF
+            if data:
+                self.send(self.packet(self.segment(0x10)))
+        return got
+
+
+def segments(orders, sizes=(32, 24), data=64, timeout=5000, **where):
+    """Connects and sends `data` bytes once for each order of its fragments; returns what came back after the greeting."""
+    client = Segments(timeout=timeout, **where)
+    client.connect()
+    greeting = b""
+    while not greeting.endswith(b"\n"):
+        greeting += client.read(1)
+    segment = client.segment(0x18, pattern(data))
+    for order in orders:
+        packets = client.fragments(segment, sizes)
+        client.send(*[packets[i] for i in order])
+    client.seq += data
+    echo = client.read(data)
+    client.send(client.packet(client.segment(0x14)))
+    return {"greeting": greeting.decode().strip(), "echo": echo.decode()}
+
+
+def lone_fragment(flags=0x02, size=8, **where):
+    """Sends a first fragment with `size` bytes of a segment."""
+    client = Segments(timeout=1000, **where)
+    client.send(client.fragments(client.segment(flags, pattern(64)), (size,))[0])
     return {}
 
 
@@ -395,7 +506,7 @@ def dns(questions, sourcePort=0, transport="udp", timeout=2000, checksum=True):
 
 OPERATIONS = {
     f.__name__: f
-    for f in (listen, seen, connect, exchange, send, finish, request, close, abort, many, ping, frame, udp_serve, udp, dns)
+    for f in (listen, seen, connect, exchange, send, finish, request, close, abort, many, ping, frame, udp_serve, udp, dns, segments, lone_fragment)
 }
 
 

@@ -41,6 +41,18 @@ export interface ConnectOptions {
   banner?: boolean;
 }
 
+/** Whom a connection past the IP stack is from and to. */
+export interface RawClient {
+  ifname: string;
+  mac: string;
+  /** MAC address of the next hop. */
+  gateway: string;
+  source: string;
+  sourcePort: number;
+  address: string;
+  port: number;
+}
+
 /** What a server accepted: [source address, source port, address that was asked for]. */
 export type Accepted = [source: string, sourcePort: number, address: string];
 
@@ -145,8 +157,21 @@ export class Endpoint {
     return this.#call('many', { address, port, count, timeout });
   }
 
-  async ping(address: string): Promise<void> {
-    await this.#call('ping', { address });
+  async ping(address: string, size = 16): Promise<void> {
+    await this.#call('ping', { address, size });
+  }
+
+  /**
+   * A TCP connection past the IP stack. Sends 64 bytes once for each of `orders`, cut into three fragments that are sent
+   * in that order, and waits for their echo. `greeting`: the server's first line.
+   */
+  segments(where: RawClient, orders: readonly (readonly number[])[]): Promise<{ greeting: string; echo: string }> {
+    return this.#call('segments', { ...where, orders });
+  }
+
+  /** The first fragment of a segment with `flags`, with its first `size` bytes. */
+  async loneFragment(where: RawClient, flags: number, size: number): Promise<void> {
+    await this.#call('lone_fragment', { ...where, flags, size });
   }
 
   /** Sends Ethernet frames, past the IP stack (packet(7)). */
