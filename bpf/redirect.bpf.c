@@ -991,6 +991,10 @@ int proxy_egress(struct __sk_buff *skb)
 			return deliver(&r, to, REASON_FROM_PROXY_LOCAL);
 		if (has_connection(skb, &p, self->nsid))
 			return to_proxy(&r, self, REASON_TO_PROXY_ESTABLISHED, SIGN_ESTABLISHED);
+		/* Half open towards the listener's own port looks like the listener: let TPROXY find out. */
+		if (full_sockets_only && !f && self->inbound_hbone && p.tuple.destination_port == self->inbound_hbone &&
+		    socket_state(skb, &p, self->nsid) == BPF_TCP_LISTEN)
+			return to_proxy(&r, self, REASON_TO_PROXY_ESTABLISHED, SIGN_COOKIE_INBOUND);
 		if (!f && pod_has_connection(skb, &p, to->ifindex))
 			return deliver(&r, to, REASON_FROM_PROXY_LOCAL);
 	}
@@ -1083,7 +1087,7 @@ int proxy_ingress(struct __sk_buff *skb)
 	 * vanishes for a minute. Unassigned, TCP's own lookup finds the TIME_WAIT socket, takes the SYN for its reuse and
 	 * asks for a listener of that port, which proxy_lookup then names.
 	 */
-	if (is_syn(&p) && socket_state(skb, &p, BPF_F_CURRENT_NETNS) == BPF_TCP_TIME_WAIT) {
+	if (use_sk_assign && is_syn(&p) && socket_state(skb, &p, BPF_F_CURRENT_NETNS) == BPF_TCP_TIME_WAIT) {
 		key.port = port;
 		key.family = p.family;
 		if (use_sk_lookup && !bpf_map_update_elem(&listeners, &key, sk, BPF_ANY))
@@ -1098,6 +1102,8 @@ int proxy_ingress(struct __sk_buff *skb)
 			return drop(&r, REASON_DROP_REDIRECT_FAILED);
 	} else {
 		bpf_sk_release(sk);
+		/* TPROXY rules of this namespace give it to the listener with this port, and recycle TIME_WAIT themselves. */
+		skb->priority = port;
 	}
 	return pass(&r, REASON_PROXY_ASSIGNED);
 }

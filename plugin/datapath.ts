@@ -45,6 +45,7 @@ import {
   openState,
   stepError,
 } from './state.ts';
+import { addTproxy, deleteTproxy, needsTproxy } from './tproxy.ts';
 
 /** What is to be attached, as the runtime or a person named it. */
 export interface Target {
@@ -149,6 +150,10 @@ function attachAll(attachment: Attachment): AttachmentRecord {
     if (previous === null) undo.push(() => native.deleteAttachment(state, target.key));
     else undo.push(() => native.putAttachment(state, target.key, previous));
     if (target.role === 'proxy') addRouting(attachment);
+    if (target.role === 'proxy' && needsTproxy(native, state)) {
+      undo.push(() => deleteTproxy(attachment.netns));
+      addTproxy(attachment.netns, attachment.config);
+    }
     if (plan.interface !== null) fillMaps(attachment);
     for (const hook of plan.hooks) attachHook(attachment, hook);
     if (target.role === 'proxy') announceProxy(attachment);
@@ -644,6 +649,7 @@ function leaveProxyNetns(native: Native, state: State, netns: number, record: At
   for (const hook of record.hooks) {
     if (hook.kind === 'clsact' && hook.inNetns) removeFilter(native, netns, hook);
   }
+  if (needsTproxy(native, state)) deleteTproxy(netns);
   const { tproxy } = native.settings(state).marks;
   for (const family of [4, 6] as const) {
     native.deleteRule(netns, {

@@ -145,7 +145,9 @@ export function proxyIngress(name: string, datapath: () => Datapath, assigned: O
 
       test('a SYN for a tuple in TIME_WAIT is left to TCP; an ACK for it is not', async () => {
         const { client, server } = await datapath().node.timeWait(family);
-        await check(tcpFrame(wire(SIGN.OUTBOUND), client, server), marked(pass('proxy_time_wait')));
+        // TPROXY, which takes the place of bpf_sk_assign, recycles TIME_WAIT itself.
+        const left = name.startsWith('without') ? assigned : pass('proxy_time_wait');
+        await check(tcpFrame(wire(SIGN.OUTBOUND), client, server), marked(left));
         await check(tcpFrame(wire(SIGN.COOKIE_OUTBOUND), client, server, { flags: ACK }), marked(assigned));
       });
 
