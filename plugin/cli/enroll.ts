@@ -70,6 +70,7 @@ export function targetOf(native: Native, settings: Settings, options: EnrollOpti
       role,
       strict: false,
       shaped: false,
+      egressLimited: false,
       bypassInbound: false,
     };
   } finally {

@@ -8,7 +8,7 @@ import { CniError, Code } from '../cni/errors.ts';
 import type { Target } from '../datapath.ts';
 import type { Native } from '../native.ts';
 import { ANNOTATIONS_CAPABILITY, podAnnotations, trafficAnnotations } from '../redirect/annotations.ts';
-import { declaresCapability, isRateLimited, type RedirectConfig } from '../redirect/config.ts';
+import { declaresCapability, isEgressLimited, isRateLimited, type RedirectConfig } from '../redirect/config.ts';
 import { decideEnrolment, type Enrolment, podIdentity } from '../redirect/enrolment.ts';
 import { selectPodInterface } from '../redirect/sandbox.ts';
 
@@ -56,6 +56,7 @@ export function decide(native: Native, request: Request, netns: number, config: 
       role,
       strict: true,
       shaped: isRateLimited(conf.runtimeConfig),
+      egressLimited: isEgressLimited(conf.runtimeConfig),
       bypassInbound: wishes?.bypassInbound ?? false,
     },
   };
