@@ -62,6 +62,8 @@ export interface Target {
   strict: boolean;
   /** the runtime announced a rate limit (capability "bandwidth") */
   shaped: boolean;
+  /** one for what the pod sends: the bandwidth plugin has made an ingress qdisc for it, or will */
+  egressLimited: boolean;
   /** annotation: inbound traffic is not redirected */
   bypassInbound: boolean;
 }
@@ -472,8 +474,21 @@ function attachFilter(
   programId: number,
   step: string,
 ): void {
-  const { native, config, netns, undo } = attachment;
+  const { native, config, netns, target, undo } = attachment;
   const where = netnsOf(hook, netns);
+  // The other order (the ingress qdisc is there) fails below. Here ADD would do well, and the pod fail to start by a
+  // message of bandwidth's that names nobody ("create ingress qdisc: file exists").
+  if (
+    target.egressLimited &&
+    hook.device === 'host' &&
+    !native.qdiscs(where, hook.ifindex).some(({ kind }) => kind === 'ingress')
+  ) {
+    throw new CniError(
+      Code.ATTACH_FAILED,
+      step,
+      'the pod has an egress rate limit, and beside our clsact qdisc the bandwidth plugin cannot make its ingress qdisc; "hook": "tcx" does not need the place; where no bandwidth plugin follows, take the capability "bandwidth" out of this entry',
+    );
+  }
   try {
     native.addClsact(where, hook.ifindex);
   } catch (error) {

@@ -95,6 +95,7 @@ export function targetOf(native: Native, settings: Settings, options: EnrollOpti
       role,
       strict: false,
       shaped: false,
+      egressLimited: false,
       bypassInbound: false,
     };
   } finally {

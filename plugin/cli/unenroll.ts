@@ -100,6 +100,7 @@ function remember(native: Native, { config }: Settings, key: Uint8Array, record:
       role: 'none',
       strict: false,
       shaped: false,
+      egressLimited: false,
       bypassInbound: false,
     });
   } catch (error) {

@@ -10,6 +10,7 @@ import { createLog } from '../log.ts';
 import type { Native } from '../native.ts';
 import { parseConfig } from '../redirect/config.ts';
 import { assertOtherNetns, openSandbox } from '../sandbox.ts';
+import { stepError } from '../state.ts';
 import { decide } from './target.ts';
 
 export function add(native: Native, request: Request): Result {
@@ -38,6 +39,8 @@ export function add(native: Native, request: Request): Result {
       if (target.role !== 'none' || !(error instanceof CniError)) throw error;
       log.warn(`${request.containerId} ${request.ifname}: not enrolled, and not recorded either: ${error.message}`);
     }
+  } catch (error) {
+    throw stepError(Code.SANDBOX_NOT_FOUND, `read interface ${request.ifname} in ${path}`, error);
   } finally {
     native.close(netns);
   }

@@ -14,7 +14,7 @@ import {
   type TrafficAnnotations,
   trafficAnnotations,
 } from '../redirect/annotations.ts';
-import { declaresCapability, isRateLimited, type RedirectConfig } from '../redirect/config.ts';
+import { declaresCapability, isEgressLimited, isRateLimited, type RedirectConfig } from '../redirect/config.ts';
 import { decideEnrolment, type Enrolment, podIdentity } from '../redirect/enrolment.ts';
 import { mergeExclusions } from '../redirect/exclusions.ts';
 import { selectPodInterface } from '../redirect/sandbox.ts';
@@ -63,6 +63,7 @@ export function decide(native: Native, request: Request, netns: number, config: 
       role,
       strict: true,
       shaped: isRateLimited(conf.runtimeConfig),
+      egressLimited: isEgressLimited(conf.runtimeConfig),
       bypassInbound: wishes?.bypassInbound ?? false,
     },
   };

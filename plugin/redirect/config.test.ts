@@ -3,7 +3,14 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { CniError } from '../cni/errors.ts';
-import { declaresCapability, isRateLimited, locateState, parseConfig, parsePortRange } from './config.ts';
+import {
+  declaresCapability,
+  isEgressLimited,
+  isRateLimited,
+  locateState,
+  parseConfig,
+  parsePortRange,
+} from './config.ts';
 
 const error = (raw: Record<string, unknown>) => {
   try {
@@ -277,13 +284,14 @@ test.each([
 });
 
 test.each([
-  [{}, false],
-  [{ bandwidth: null }, false],
-  [{ bandwidth: {} }, false],
-  [{ bandwidth: { ingressRate: 0, egressRate: 0, ingressBurst: 5 } }, false],
-  [{ bandwidth: { ingressRate: 1 } }, true],
-  [{ bandwidth: { egressRate: 8000000, egressBurst: 1 } }, true],
-  [{ bandwidth: { egressRate: { a: 1 } } }, true],
-])('%j is rate limited: %s', (runtimeConfig, expected) => {
-  expect(isRateLimited(runtimeConfig)).toBe(expected);
+  [{}, false, false],
+  [{ bandwidth: null }, false, false],
+  [{ bandwidth: {} }, false, false],
+  [{ bandwidth: { ingressRate: 0, egressRate: 0, ingressBurst: 5 } }, false, false],
+  [{ bandwidth: { ingressRate: 1 } }, true, false],
+  [{ bandwidth: { egressRate: 8000000, egressBurst: 1 } }, true, true],
+  [{ bandwidth: { egressRate: { a: 1 } } }, true, true],
+])('%j is rate limited: %s, in what the pod sends: %s', (runtimeConfig, limited, egress) => {
+  expect(isRateLimited(runtimeConfig)).toBe(limited);
+  expect(isEgressLimited(runtimeConfig)).toBe(egress);
 });

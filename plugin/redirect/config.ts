@@ -217,10 +217,18 @@ export function declaresCapability(conf: Pick<NetConf, 'raw' | 'runtimeConfig'>,
  * of that name may follow in the chain and put a queue on the host-side veth.
  */
 export function isRateLimited(runtimeConfig: NetConf['runtimeConfig']): boolean {
-  const { bandwidth } = runtimeConfig;
+  return hasLimit(runtimeConfig, 'ingressRate') || isEgressLimited(runtimeConfig);
+}
+
+/** Whether what the pod sends is to be limited: for that the bandwidth plugin makes an ingress qdisc on the host side. */
+export function isEgressLimited(runtimeConfig: NetConf['runtimeConfig']): boolean {
+  return hasLimit(runtimeConfig, 'egressRate');
+}
+
+/** Whatever is no 0 is taken as a limit: that costs speed, the opposite mistake costs the limit. */
+function hasLimit({ bandwidth }: NetConf['runtimeConfig'], key: string): boolean {
   if (typeof bandwidth !== 'object' || bandwidth === null) return false;
-  // Whatever is no 0 is taken as a limit: that costs speed, the opposite mistake costs the limit.
-  return ['ingressRate', 'egressRate'].some((key) => ![0, null, undefined].includes(Reflect.get(bandwidth, key)));
+  return ![0, null, undefined].includes(Reflect.get(bandwidth, key));
 }
 
 /** 8080, "8080" or "8000-8100"; undefined for anything else. */

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// node conformance/noleak/main.ts [--long] [--variant NAME] [--churn N] [--seed N]
+//
+// Traffic, trouble and a judge on a throw-away node (README, "Develop and test"). Exit code 0: nothing went around the
+// proxy. With --variant: 0 if the judge caught that leaky build. --long: every topology, 200 pods, every variant.
+
+import { parseArgs } from 'node:util';
+import { executable, requireExecutable } from '../e2e/topology.ts';
+import { type Options, type Report, run } from './scenario.ts';
+import { buildVariant, type Variant, variants } from './variants.ts';
+
+const say = (line: string) => process.stderr.write(`${line}\n`);
+
+/** Lines for people. */
+export function text(report: Report, examples = true): string[] {
+  const { verdict, checks, flows, seconds } = report;
+  const counts = (of: Record<string, number>) =>
+    Object.entries(of)
+      .sort(([, a], [, b]) => b - a)
+      .map(([kind, packets]) => `  ${String(packets).padStart(7)}  ${kind}`);
+  const failed = checks.filter(({ ok }) => !ok);
+  return [
+    `flows: ${Object.entries(flows)
+      .map(([what, { begun, completed }]) => `${begun} ${what}${completed > 0 ? ` (${completed} completed)` : ''}`)
+      .join(', ')}`,
+    `TCP packets judged: ${verdict.packets}`,
+    ...counts(verdict.explained),
+    `around the proxy: ${Object.values(verdict.leaks).reduce((sum, packets) => sum + packets, 0)}`,
+    ...counts(verdict.leaks),
+    ...Object.entries(examples ? verdict.examples : {}).flatMap(([kind, lines]) =>
+      lines.map((line) => `    ${kind}: ${line}`),
+    ),
+    `payloads of completed flows seen on their way: ${verdict.seen} of ${verdict.completed}`,
+    `checks: ${checks.length - failed.length} passed, ${failed.length} failed`,
+    ...failed.map(({ name, details }) => `  ${name}: ${details.trim()}`),
+    `${seconds.toFixed(1)} s`,
+  ];
+}
+
+export function clean({ verdict, checks }: Report): boolean {
+  return Object.keys(verdict.leaks).length === 0 && verdict.completed > 0 && checks.every(({ ok }) => ok);
+}
+
+/** Runs a leaky build; the report, and whether the judge called the leak by its name. */
+export async function tryVariant(variant: Variant, seed: number): Promise<{ report: Report; caught: boolean }> {
+  const built = buildVariant(variant, say);
+  const report = await run({ executable: built, primary: 'bridge', hook: 'tcx', churn: 0, seed, say: () => {} });
+  return { report, caught: Object.keys(report.verdict.leaks).some((kind) => variant.caughtAs.test(kind)) };
+}
+
+async function main(): Promise<boolean> {
+  const { values } = parseArgs({
+    options: {
+      long: { type: 'boolean', default: false },
+      variant: { type: 'string', multiple: true, default: [] },
+      churn: { type: 'string', default: '10' },
+      seed: { type: 'string', default: String(Date.now() % 1_000_000) },
+    },
+  });
+  const seed = Number(values.seed);
+  const chosen = values.variant.map((name) => {
+    const variant = variants.find((one) => one.name === name);
+    if (!variant) throw new Error(`no variant ${name}; there are ${variants.map((one) => one.name).join(', ')}`);
+    return variant;
+  });
+  let good = true;
+  if (chosen.length === 0) {
+    requireExecutable();
+    const short: Options = { executable, primary: 'bridge', hook: 'tcx', churn: Number(values.churn), seed, say };
+    const runs: Options[] = [short];
+    if (values.long) {
+      runs.length = 0;
+      for (const primary of ['bridge', 'ptp'] as const) {
+        for (const hook of ['tcx', 'clsact'] as const) runs.push({ ...short, primary, hook, churn: 50 });
+      }
+    }
+    for (const options of runs) {
+      const report = await run(options);
+      console.log(`\n${options.primary}, ${options.hook}, ${options.churn} pods churned, seed ${options.seed}`);
+      console.log(text(report).join('\n'));
+      good &&= clean(report);
+    }
+  }
+  for (const variant of values.long && chosen.length === 0 ? variants : chosen) {
+    const { report, caught } = await tryVariant(variant, seed);
+    console.log(`\nvariant ${variant.name}: ${caught ? 'caught' : 'NOT CAUGHT'}`);
+    console.log(text(report, false).join('\n'));
+    good &&= caught;
+  }
+  console.log(good ? '\nas it should be' : '\nFAILED');
+  return good;
+}
+
+if (import.meta.main) process.exitCode = (await main()) ? 0 : 1;
