@@ -29,10 +29,25 @@ describe('no packet of an enrolled pod goes around the proxy (HAProxy)', () => {
       expect(clean(report), `seed ${seed}\n${text(report).join('\n')}`).toBe(true);
     },
   );
+
+  test('with maps of flows that are too small', { timeout: 600_000 }, async () => {
+    requireExecutable();
+    const options = {
+      executable,
+      primary: 'ptp',
+      hook: 'clsact',
+      churn: long ? 10 : 0,
+      smallMaps: true,
+      seed,
+      say,
+    } as const;
+    const report = await run(options);
+    expect(clean(report), `seed ${seed}\n${text(report).join('\n')}`).toBe(true);
+  });
 });
 
 describe('the harness fails on a leaky build', () => {
-  const quick = ['orphans-passed', 'short-fragment-passed', 'forged-sign-obeyed'];
+  const quick = ['orphans-passed', 'short-fragment-passed', 'forged-sign-obeyed', 'add-before-attach'];
   test.each(variants.filter(({ name }) => long || quick.includes(name)))(
     '$name',
     { timeout: 600_000 },
