@@ -43,12 +43,13 @@ export function clean({ verdict, checks }: Report): boolean {
   return Object.keys(verdict.leaks).length === 0 && verdict.completed > 0 && checks.every(({ ok }) => ok);
 }
 
-/** Runs a leaky build; the report, and whether the judge called the leak by its name. */
+/** Runs a leaky build; the report, and whether the judge called each leak by its name. */
 export async function tryVariant(variant: Variant, seed: number): Promise<{ report: Report; caught: boolean }> {
   const built = buildVariant(variant, say);
   const { hook = 'tcx' } = variant;
   const report = await run({ executable: built, primary: 'bridge', hook, churn: 0, seed, say: () => {} });
-  return { report, caught: Object.keys(report.verdict.leaks).some((kind) => variant.caughtAs.test(kind)) };
+  const kinds = Object.keys(report.verdict.leaks);
+  return { report, caught: variant.caughtAs.every((name) => kinds.some((kind) => name.test(kind))) };
 }
 
 async function main(): Promise<boolean> {
