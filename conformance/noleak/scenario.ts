@@ -29,6 +29,8 @@ import { fragments, withExtensions } from './packets.ts';
 const PORT = INNER_PORT;
 const FIRST_PORT = 10_000;
 const LAST_PORT = 32_767;
+/** Flows after which small connections stop in the background, so that the steps do not run out of ports. */
+const ENOUGH = 18_000;
 const RST = 0x04;
 const PSH = 0x08;
 
@@ -246,7 +248,7 @@ class Scenario {
   /** Small connections, one after the other, until stopTraffic(). */
   generate(from: Actor, to: readonly Actor[]): void {
     const loop = async () => {
-      while (!this.#stopping) {
+      while (!this.#stopping && this.flows.length < ENOUGH) {
         await this.small(from, this.pick(to), this.pick(families));
         await pause(20);
       }
