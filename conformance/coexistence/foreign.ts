@@ -29,13 +29,16 @@ export class Foreign {
     must(['bpftool', 'prog', 'loadall', object, this.#directory, 'type', 'classifier']);
   }
 
-  /** Direct-action filters on both hooks; where somebody has an ingress qdisc already, on its one hook. */
+  /**
+   * Direct-action filters on both hooks at priority 1. Where bandwidth has its ingress qdisc already: on its one hook,
+   * at priority 2, as bandwidth's own filter (u32) has the first, and a priority takes one kind.
+   */
   filter(ifname: string, program: ForeignProgram, handle = 1): void {
     const qdiscs = JSON.parse(this.#node.run(['tc', '-j', 'qdisc', 'show', 'dev', ifname])) as { kind: string }[];
     const has = (kind: string) => qdiscs.some((one) => one.kind === kind);
     if (!has('ingress') && !has('clsact')) this.#node.run(['tc', 'qdisc', 'add', 'dev', ifname, 'clsact']);
     for (const direction of has('ingress') ? (['ingress'] as const) : directions) {
-      const place = ['dev', ifname, direction, 'prio', '1', 'handle', String(handle)];
+      const place = ['dev', ifname, direction, 'prio', has('ingress') ? '2' : '1', 'handle', String(handle)];
       const what = ['bpf', 'direct-action', 'object-pinned', join(this.#directory, program)];
       this.#node.run(['tc', 'filter', 'add', ...place, ...what]);
     }

@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// npm run coexistence [-- --full]: every combination on a line, with how it ended. Exit code 1 if one is not as it has
-// to be. AMBIENT_REDIRECT_LONG=1 is --full.
+// npm run coexistence [-- --full] [--only TEXT]: every combination on a line, with how it ended. Exit code 1 if one is
+// not as it has to be. AMBIENT_REDIRECT_LONG=1 is --full. --only: those whose line has TEXT in it.
 
 import { parseArgs } from 'node:util';
 import { always, type Combination, describeCombination, pairwise, product } from './combinations.ts';
 import { Site } from './site.ts';
 
-const { values } = parseArgs({ options: { full: { type: 'boolean', default: false } } });
+const { values } = parseArgs({
+  options: { full: { type: 'boolean', default: false }, only: { type: 'string', default: '' } },
+});
 const all = product();
 const full = values.full || process.env.AMBIENT_REDIRECT_LONG === '1';
-const combinations = full ? all : pairwise(all, always);
+const selection = full ? all : pairwise(all, always);
+const combinations = selection.filter((one) => describeCombination(one).includes(values.only));
+if (combinations.length === 0) throw new Error(`no combination has "${values.only}" in its description`);
 /** A pod's processes stay until its site closes. */
 const PODS_OF_A_SITE = 20;
 
