@@ -478,6 +478,15 @@ function attachFilter(
 ): void {
   const { native, config, netns, target, undo } = attachment;
   const where = netnsOf(hook, netns);
+  const [ahead] = tcxPrograms(native, where, hook.ifindex, hook.direction);
+  if (ahead !== undefined && config.failurePolicy === 'closed') {
+    const name = native.programById(ahead)?.name ?? 'gone';
+    throw new CniError(
+      Code.ATTACH_FAILED,
+      step,
+      `TCX program ${ahead} (${quote(name)}) is there; it runs before any filter and may end the chain; "hook": "tcx" goes ahead of it`,
+    );
+  }
   // The other order (the ingress qdisc is there) fails below. Here ADD would do well, and the pod fail to start by a
   // message of bandwidth's that names nobody ("create ingress qdisc: file exists").
   if (
@@ -537,6 +546,16 @@ function attachFilter(
     name: filterName(hook),
     replace: true,
   });
+}
+
+/** Ids in the order they run; [] on a kernel without TCX. */
+function tcxPrograms(native: Native, netns: number, ifindex: number, direction: HookRecord['direction']): number[] {
+  try {
+    return native.queryTcx(netns, ifindex, direction).map(({ programId }) => programId);
+  } catch (error) {
+    if (hasCode(error, 'EINVAL', 'EOPNOTSUPP') && !native.features().tcx) return [];
+    throw error;
+  }
 }
 
 /** Ahead of the attach: a record that names the place lets DEL find what is there. */

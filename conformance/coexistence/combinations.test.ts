@@ -50,8 +50,9 @@ test('a pair that only one combination has brings that combination', () => {
   expect(pairsOf(first)).toHaveLength(15);
 });
 
-test('only bandwidth ends in anything but redirection', () => {
+test('what is refused and what is impossible', () => {
   const other = all.filter((one) => endingOf(one) !== 'redirected');
-  expect(new Set(other.map(({ chained }) => chained))).toEqual(new Set(['bandwidth']));
+  expect(other.filter((one) => one.chained !== 'bandwidth' && one.foreign !== 'tcx behind')).toEqual([]);
   expect(other.filter((one) => one.hook === 'tcx').every((one) => endingOf(one) === 'impossible')).toBe(true);
+  expect(other.filter((one) => one.hook === 'clsact').every((one) => endingOf(one) === 'refused')).toBe(true);
 });

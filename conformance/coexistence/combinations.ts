@@ -11,7 +11,7 @@ export const factors = {
   /**
    * filter: clsact, priority 1, handle 1, passes on; there before us.
    * ok filter: the same, but returns TC_ACT_OK, which ends the chain of filters.
-   * tcx ahead, tcx behind: a TCX program that passes on and runs before ours (put there after ADD), or after it.
+   * tcx ahead, tcx behind: a TCX program that passes on, put ahead of all after our ADD, or there before it.
    */
   foreign: ['none', 'filter', 'ok filter', 'tcx ahead', 'tcx behind'],
   hook: ['tcx', 'clsact'],
@@ -101,6 +101,8 @@ export type Ending =
   | 'impossible';
 
 export function endingOf(one: Combination): Ending {
+  // TCX runs before every filter, and nobody can tell what a program returns.
+  if (one.hook === 'clsact' && one.foreign === 'tcx behind') return 'refused';
   if (one.chained !== 'bandwidth') return 'redirected';
   // bandwidth's ingress qdisc and clsact exclude each other on one veth, whoever comes first.
   if (one.hook === 'clsact') return 'refused';

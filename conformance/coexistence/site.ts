@@ -34,7 +34,6 @@ import { Foreign } from './foreign.ts';
 const PORT = INNER_PORT;
 const FLOW_PORT = 8100;
 const MTU = 1400;
-export const TUNED_MAC = '02:00:5e:00:53:aa';
 /** 8 Mbit/s, and a burst of a tenth of a second: 2 MB take 1.9 s. */
 const RATE = { ingressRate: 8_000_000, ingressBurst: 800_000, egressRate: 8_000_000, egressBurst: 800_000 };
 const TRANSFER = 2_000_000;
@@ -137,7 +136,7 @@ export class Site {
     };
   }
 
-  get #primaryConf(): PluginConf {
+  get primaryConf(): PluginConf {
     // The proxy has the first addresses of the same subnets.
     const starts = { 4: ['10.88.0.0/24', '10.88.0.100'], 6: ['fd88::/64', 'fd88::100'] } as const;
     const ranges = families.map((family) => {
@@ -197,8 +196,8 @@ export class Site {
     return kernelState([this.topology.node, subject.pod.netns]);
   }
 
-  /** `doctor`'s findings about this pod's interface. */
-  async doctor(subject: Subject): Promise<{ level: string; text: string }[]> {
+  /** `doctor`'s findings about this pod's interfaces. */
+  async doctor(subject: Subject): Promise<{ level: string; subject: string; text: string }[]> {
     const { stateDir, runDir } = this.topology;
     const argv = [
       EXECUTABLE,
@@ -214,7 +213,8 @@ export class Site {
     ];
     const { stdout } = await this.topology.node.exec(argv);
     const { findings } = JSON.parse(stdout) as { findings: { level: string; subject: string; text: string }[] };
-    return findings.filter((one) => one.subject.endsWith(` of ${subject.hostIfname}`));
+    const ours = [` of ${subject.hostIfname}`, ` of default/${subject.pod.label}`];
+    return findings.filter((one) => ours.some((end) => one.subject.endsWith(end)));
   }
 
   proxied(connection: Connection): Proxied[] {
@@ -255,7 +255,7 @@ export class Site {
       rt.capabilityArgs = { ...rt.capabilityArgs, portMappings };
     }
     const other = this.#chainedConf(chained);
-    const before = [this.#primaryConf, ...(position === 'before us' ? other : [])];
+    const before = [this.primaryConf, ...(position === 'before us' ? other : [])];
     const after = position === 'after us' ? other : [];
     const whole = [...before, this.ours, ...after];
     let ending: Ending = 'redirected';
@@ -273,7 +273,9 @@ export class Site {
       if (failure !== undefined) {
         assert.equal(endingOf(combination), 'refused', `ADD: ${failure.message}`);
         assert.equal(failure.code, 102, failure.message);
-        assert.match(failure.message, /bandwidth.*"hook": "tcx"/s);
+        const reason =
+          foreign === 'tcx behind' ? /TCX program \d+ \("?foreign_pass"?\).*"hook": "tcx"/ : /bandwidth.*"hook": "tcx"/;
+        assert.match(failure.message, reason);
         ending = 'refused';
       } else {
         if (foreign === 'tcx ahead') this.foreign.tcx(subject.hostIfindex, 'foreign_pass', 'first');
@@ -344,10 +346,12 @@ export class Site {
     // portmap 1.1.1's CHECK always fails (reference.conformance.test.ts), and Debian's sbr and firewall want more than
     // their own ADD made; what has to hold is ours.
     await this.runtime.check(subject.list(whole.filter(({ type }) => type === 'ambient-redirect')), rt);
-    const named = (await this.doctor(subject)).map(({ text }) => text).join('\n');
+    const named = (await this.doctor(subject)).map(({ level, text }) => `${level}: ${text}`).join('\n');
     if (foreign === 'none') assert.doesNotMatch(named, /foreign_/);
-    else if (foreign.startsWith('tcx')) assert.match(named, /TCX program \d+ \(foreign_pass\)/);
-    else assert.match(named, /a bpf filter of priority 1/);
+    else if (foreign === 'tcx ahead')
+      assert.match(named, /^warning: TCX program \d+ \(foreign_pass\) runs before ours/m);
+    else if (foreign === 'tcx behind') assert.match(named, /^note: TCX program \d+ \(foreign_pass\) is there too/m);
+    else assert.match(named, /^note: a bpf filter of priority 1 .* is there too/m);
   }
 
   /** One way, `text` says which; milliseconds. */
@@ -368,13 +372,13 @@ export class Site {
     subject.rt.capabilityArgs = { ...subject.rt.capabilityArgs, bandwidth: RATE };
     const others = this.#chainedConf(chained);
     try {
-      const first = await this.add(subject, [this.#primaryConf]);
+      const first = await this.add(subject, [this.primaryConf]);
       await this.look(subject, first);
       this.foreign.filter(subject.hostIfname, foreign === 'ok filter' ? 'foreign_ok' : 'foreign_pass');
       const alone = await this.add(subject, others, first).then(() => undefined, asPluginError);
       assert.deepEqual([alone?.type, alone?.code, alone?.message], [failure.type, failure.code, failure.message]);
     } finally {
-      await this.remove(subject, [this.#primaryConf, ...others]);
+      await this.remove(subject, [this.primaryConf, ...others]);
     }
   }
 }

@@ -7,7 +7,8 @@ import { arch, release } from 'node:os';
 import { dirname, join } from 'node:path';
 import { CniError } from '../cni/errors.ts';
 import { decodeDocument } from '../cni/netconf.ts';
-import { type Direction, HOST, type Native } from '../native.ts';
+import { describePod } from '../datapath.ts';
+import { type AttachmentRecord, HOST, type Native } from '../native.ts';
 import { declaresCapability, parseConfig } from '../redirect/config.ts';
 import type { Directories } from '../state.ts';
 import { isEntry } from './directories.ts';
@@ -182,39 +183,73 @@ function state(native: Native, directories: Directories): Finding[] {
       }),
     ),
     ...foreignPrograms(native, found),
+    ...changedMac(native, found),
   ];
 }
 
-/** Others' programs and filters on the host-side interfaces that ours are on. */
+/**
+ * Others' programs and filters on the host-side interfaces that ours are on. Those that run before ours keep from it
+ * whatever they end the chain for. A TCX program runs before every filter.
+ */
 function foreignPrograms(native: Native, found: Survey): Finding[] {
   const findings: Finding[] = [];
   const hasTcx = native.features().tcx === true;
   for (const { record, present } of found.attachments) {
     if (!present || record.hooks.length === 0) continue;
-    const own = new Set(record.hooks.map(({ programId }) => programId));
-    const note = (direction: Direction, what: string) =>
-      findings.push({
-        level: 'note',
-        subject: `${direction} of ${record.hostIfname}`,
-        text: `${what} is there too; ours lets on whatever it does not redirect or drop`,
-      });
     for (const direction of ['ingress', 'egress'] as const) {
+      const own = record.hooks.find((hook) => hook.direction === direction && !hook.inNetns);
+      let reached = false;
+      const look = (programId: number, what: string) => {
+        if (programId === own?.programId) reached = true;
+        else findings.push(foreign(`${direction} of ${record.hostIfname}`, what, own !== undefined && !reached));
+      };
       if (hasTcx) {
         for (const { programId } of native.queryTcx(HOST, record.hostIfindex, direction)) {
-          if (!own.has(programId)) note(direction, `TCX program ${programId} (${nameOf(native, programId)})`);
+          look(programId, `TCX program ${programId} (${nameOf(native, programId)})`);
         }
       }
-      for (const filter of native.filters(HOST, record.hostIfindex, direction)) {
-        if (!own.has(filter.programId)) {
-          note(
-            direction,
-            `a ${filter.kind} filter of priority ${filter.priority}${filter.name === '' ? '' : ` (${printable(filter.name)})`}`,
-          );
-        }
+      for (const { programId, kind, priority, name } of native.filters(HOST, record.hostIfindex, direction)) {
+        look(programId, `a ${kind} filter of priority ${priority}${name === '' ? '' : ` (${printable(name)})`}`);
       }
     }
   }
   return findings;
+}
+
+function foreign(subject: string, what: string, ahead: boolean): Finding {
+  if (!ahead) {
+    return { level: 'note', subject, text: `${what} is there too; ours lets on whatever it does not redirect or drop` };
+  }
+  const text = `${what} runs before ours; what it ends the chain for (TC_ACT_OK) is not redirected`;
+  return { level: 'warning', subject, text };
+}
+
+/** A later plugin of the chain may change it (tuning): our programs take what has the new one for another host's. */
+function changedMac(native: Native, found: Survey): Finding[] {
+  return found.attachments.flatMap(({ record, present }) => {
+    if (!present || record.role !== 'pod' || record.hostIfindex === 0) return [];
+    const mac = macOf(native, record);
+    if (mac === undefined || mac === record.podMac) return [];
+    const subject = `${record.ifname} of ${describePod(record)}`;
+    const text = `its MAC address is ${mac} and was ${record.podMac} at ADD: it loses its connections until it is enrolled again`;
+    return [{ level: 'fails', subject, text }];
+  });
+}
+
+/** undefined where the namespace cannot be opened or the interface is gone, which the survey reports. */
+function macOf(native: Native, record: AttachmentRecord): string | undefined {
+  let netns: number;
+  try {
+    netns = native.openNetns(record.netnsPath);
+  } catch {
+    return undefined;
+  }
+  try {
+    if (native.netnsIdentity(netns).ino !== record.netns.ino) return undefined;
+    return native.linkByIndex(netns, record.podIfindex)?.mac;
+  } finally {
+    native.close(netns);
+  }
 }
 
 function nameOf(native: Native, programId: number): string {
