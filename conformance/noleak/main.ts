@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// node conformance/noleak/main.ts [--long] [--variant NAME] [--churn N] [--seed N]
+// node conformance/noleak/main.ts [--long] [--variant NAME]... [--churn N] [--seed N]
+//   [--primary bridge|ptp] [--hook tcx|clsact] [--small-maps]
 //
 // Traffic, trouble and a judge on a throw-away node (README, "Develop and test"). Exit code 0: nothing went around the
 // proxy. With --variant: 0 if the judge caught that leaky build. --long: every topology, 200 pods, every variant.
@@ -42,11 +43,13 @@ export function clean({ verdict, checks }: Report): boolean {
   return Object.keys(verdict.leaks).length === 0 && verdict.completed > 0 && checks.every(({ ok }) => ok);
 }
 
-/** Runs a leaky build; the report, and whether the judge called the leak by its name. */
+/** Runs a leaky build; the report, and whether the judge called each leak by its name. */
 export async function tryVariant(variant: Variant, seed: number): Promise<{ report: Report; caught: boolean }> {
   const built = buildVariant(variant, say);
-  const report = await run({ executable: built, primary: 'bridge', hook: 'tcx', churn: 0, seed, say: () => {} });
-  return { report, caught: Object.keys(report.verdict.leaks).some((kind) => variant.caughtAs.test(kind)) };
+  const { hook = 'tcx' } = variant;
+  const report = await run({ executable: built, primary: 'bridge', hook, churn: 0, seed, say: () => {} });
+  const kinds = Object.keys(report.verdict.leaks);
+  return { report, caught: variant.caughtAs.every((name) => kinds.some((kind) => name.test(kind))) };
 }
 
 async function main(): Promise<boolean> {
@@ -55,6 +58,9 @@ async function main(): Promise<boolean> {
       long: { type: 'boolean', default: false },
       variant: { type: 'string', multiple: true, default: [] },
       churn: { type: 'string', default: '10' },
+      'small-maps': { type: 'boolean', default: false },
+      primary: { type: 'string', default: 'bridge' },
+      hook: { type: 'string', default: 'tcx' },
       seed: { type: 'string', default: String(Date.now() % 1_000_000) },
     },
   });
@@ -67,13 +73,22 @@ async function main(): Promise<boolean> {
   let good = true;
   if (chosen.length === 0) {
     requireExecutable();
-    const short: Options = { executable, primary: 'bridge', hook: 'tcx', churn: Number(values.churn), seed, say };
+    const short: Options = {
+      executable,
+      primary: values.primary === 'ptp' ? 'ptp' : 'bridge',
+      hook: values.hook === 'clsact' ? 'clsact' : 'tcx',
+      churn: Number(values.churn),
+      smallMaps: values['small-maps'],
+      seed,
+      say,
+    };
     const runs: Options[] = [short];
     if (values.long) {
       runs.length = 0;
       for (const primary of ['bridge', 'ptp'] as const) {
         for (const hook of ['tcx', 'clsact'] as const) runs.push({ ...short, primary, hook, churn: 50 });
       }
+      runs.push({ ...short, churn: 10, smallMaps: true });
     }
     for (const options of runs) {
       const report = await run(options);

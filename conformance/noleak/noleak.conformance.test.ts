@@ -7,7 +7,7 @@ import { describe, expect, test } from 'vitest';
 import { executable, requireExecutable } from '../e2e/topology.ts';
 import { clean, text, tryVariant } from './main.ts';
 import { run } from './scenario.ts';
-import { variants } from './variants.ts';
+import { together, variants } from './variants.ts';
 
 const long = process.env.AMBIENT_REDIRECT_LONG === '1';
 const seed = Number(process.env.AMBIENT_REDIRECT_SEED ?? Date.now() % 1_000_000);
@@ -29,16 +29,30 @@ describe('no packet of an enrolled pod goes around the proxy (HAProxy)', () => {
       expect(clean(report), `seed ${seed}\n${text(report).join('\n')}`).toBe(true);
     },
   );
+
+  test('with maps of flows that are too small', { timeout: 600_000 }, async () => {
+    requireExecutable();
+    const options = {
+      executable,
+      primary: 'ptp',
+      hook: 'clsact',
+      churn: long ? 10 : 0,
+      smallMaps: true,
+      seed,
+      say,
+    } as const;
+    const report = await run(options);
+    expect(clean(report), `seed ${seed}\n${text(report).join('\n')}`).toBe(true);
+  });
 });
 
 describe('the harness fails on a leaky build', () => {
-  const quick = ['orphans-passed', 'short-fragment-passed', 'forged-sign-obeyed'];
-  test.each(variants.filter(({ name }) => long || quick.includes(name)))(
-    '$name',
-    { timeout: 600_000 },
-    async (variant) => {
-      const { report, caught } = await tryVariant(variant, seed);
-      expect(caught, `seed ${seed}\n${text(report).join('\n')}`).toBe(true);
-    },
-  );
+  const quick = [
+    together(['orphans-passed', 'two-tags-passed', 'short-fragment-passed', 'forged-sign-obeyed']),
+    ...variants.filter(({ name }) => name === 'add-before-attach'),
+  ];
+  test.each(long ? variants : quick)('$name', { timeout: 600_000 }, async (variant) => {
+    const { report, caught } = await tryVariant(variant, seed);
+    expect(caught, `seed ${seed}\n${text(report).join('\n')}`).toBe(true);
+  });
 });

@@ -29,6 +29,8 @@ import { fragments, withExtensions } from './packets.ts';
 const PORT = INNER_PORT;
 const FIRST_PORT = 10_000;
 const LAST_PORT = 32_767;
+/** Flows after which small connections stop in the background, so that the steps do not run out of ports. */
+const ENOUGH = 18_000;
 const RST = 0x04;
 const PSH = 0x08;
 
@@ -39,6 +41,8 @@ export interface Options {
   hook: 'tcx' | 'clsact';
   /** Pods that come and go. 0: only what shows leaky programs, without what is done to plugin and state. */
   churn: number;
+  /** The maps of flows as small as they may be: connections that are open lose their entries. */
+  smallMaps?: boolean;
   /** Reproduces a run's random choices. */
   seed: number;
   say: (line: string) => void;
@@ -83,6 +87,9 @@ function randomNumbers(from: number): () => number {
     return ((t ^ (t >>> 14)) >>> 0) / 4_294_967_296;
   };
 }
+
+/** Matches every packet, and no filter behind it is asked (TC_ACT_OK). */
+const endOfChain = ['prio', '1', 'protocol', 'all', 'u32', 'match', 'u32', '0', '0', 'flowid', '1:1'];
 
 const pause = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
 
@@ -142,6 +149,8 @@ class Scenario {
   readonly enrolments: Enrolment[] = [];
   readonly proxies: string[] = [];
   readonly checks: Check[] = [];
+  /** Plugin runs that were to be killed, and those that were killed before they had ended. */
+  readonly kills = { tried: 0, done: 0 };
   readonly held: Held[] = [];
   readonly outsider: Actor;
   readonly host: Actor;
@@ -157,7 +166,7 @@ class Scenario {
       primary: options.primary,
       hook: options.hook,
       rpFilter: 1,
-      entry: { maxPods: 16 },
+      entry: { maxPods: 16, ...(options.smallMaps && { maxFlows: 64, directFlowsPerPod: 16 }) },
       plugin: options.executable,
     });
     this.outsider = { label: 'outsider', addresses: outsiderAddress, endpoint: this.topology.outsider };
@@ -174,7 +183,7 @@ class Scenario {
   }
 
   enrolled(actor: Actor): void {
-    const from = Date.now() + 1;
+    const from = Date.now();
     const windows = families.map((family) => ({ address: actor.addresses[family], from }));
     this.enrolments.push(...windows);
     this.#current.set(actor, windows);
@@ -182,7 +191,7 @@ class Scenario {
 
   /** To be called before what ends the enrolment begins. */
   leaves(actor: Actor): void {
-    const to = Date.now() - 1;
+    const to = Date.now();
     for (const window of this.#current.get(actor) ?? []) window.to = to;
     this.#current.delete(actor);
   }
@@ -239,7 +248,7 @@ class Scenario {
   /** Small connections, one after the other, until stopTraffic(). */
   generate(from: Actor, to: readonly Actor[]): void {
     const loop = async () => {
-      while (!this.#stopping) {
+      while (!this.#stopping && this.flows.length < ENOUGH) {
         await this.small(from, this.pick(to), this.pick(families));
         await pause(20);
       }
@@ -255,11 +264,12 @@ class Scenario {
   /** Each of these must work: generators that cannot send would prove nothing. */
   async works(name: string, pairs: readonly (readonly [Actor, Actor])[]): Promise<void> {
     const failed: string[] = [];
-    for (const [from, to] of pairs) {
-      for (const family of families) {
+    const tries = pairs.flatMap(([from, to]) =>
+      families.map(async (family) => {
         if (!(await this.small(from, to, family, 5_000))) failed.push(`${from.label} to ${to.label}, IPv${family}`);
-      }
-    }
+      }),
+    );
+    await Promise.all(tries);
     this.check(`${name}: connections work`, failed.length === 0, failed.join('; '));
   }
 
@@ -318,9 +328,14 @@ class Scenario {
           const tags = protocols.map((protocol) => ({ protocol, id: 0 }));
           await this.frame(from, family, 'tagged frame', 'proxied', (base) => [tcpFrame({ ...base, tags })], to);
         }
-        for (const flags of [SYN, ACK]) {
+        for (const [flags, length] of [
+          [SYN, 8],
+          [ACK, 8],
+          [SYN, 16],
+          [ACK, 16],
+        ] as const) {
           const id = this.flows.length;
-          const cut = (base: Frame) => fragments(tcpFrame({ ...base, flags }), 8, id);
+          const cut = (base: Frame) => fragments(tcpFrame({ ...base, flags }), length, id);
           await this.frame(from, family, 'fragments', 'proxied', cut, to);
           await this.frame(from, family, 'fragments', 'proxied', (base) => cut(base).reverse(), to);
         }
@@ -385,6 +400,47 @@ class Scenario {
         await plain.endpoint.frame('eth0', frame);
       }
     }
+  }
+
+  /** A pod whose first connections begin in the moment in which ADD returns. */
+  async newborn(peers: readonly Actor[]): Promise<void> {
+    const pod = this.topology.pod('newborn', { enroll: true });
+    await this.topology.addPrimary(pod);
+    const actor: Actor = { label: pod.label, addresses: pod.addresses, endpoint: pod.endpoint, pod };
+    // Its process runs before ADD does.
+    await actor.endpoint.listen(PORT);
+    await this.topology.addOurs(pod);
+    this.enrolled(actor);
+    const first = peers.flatMap((peer) => families.map((family) => this.small(actor, peer, family)));
+    await Promise.all(first);
+    this.leaves(actor);
+    await this.topology.delete(pod);
+  }
+
+  /**
+   * Somebody else's filter that ends the chain is on both hooks before ADD. On clsact it would run first, so ADD must
+   * refuse; TCX programs run before any filter.
+   */
+  async crowded(peer: Actor): Promise<void> {
+    const { topology } = this;
+    const pod = topology.pod('crowded', { enroll: true });
+    await topology.addPrimary(pod);
+    const actor: Actor = { label: pod.label, addresses: pod.addresses, endpoint: pod.endpoint, pod };
+    topology.node.run(['tc', 'qdisc', 'add', 'dev', pod.hostIfname, 'clsact']);
+    for (const direction of ['ingress', 'egress']) {
+      topology.node.run(['tc', 'filter', 'add', 'dev', pod.hostIfname, direction, ...endOfChain]);
+    }
+    const added = await this.verb('ADD', pod);
+    if (this.options.hook === 'clsact') {
+      const refused = added.status === 1 && /"code":\s*102/.test(added.stdout);
+      this.check('ADD behind a filter that ends the chain is refused with code 102', refused, added.stdout);
+    } else {
+      this.check('ADD before a filter that ends the chain', added.status === 0, added.stdout);
+    }
+    if (added.status === 0) this.enrolled(actor);
+    await Promise.all(families.map((family) => this.small(actor, peer, family, 5_000)));
+    if (this.isEnrolled(actor)) this.leaves(actor);
+    await topology.delete(pod);
   }
 
   async proxy(label: string, syncookies: 1 | 2): Promise<{ pod: Pod; haproxy: HAProxy }> {
@@ -460,8 +516,6 @@ class Scenario {
     await topology.deletePrimary(pod);
     await Promise.all(during);
   }
-  readonly kills = { tried: 0, done: 0 };
-
   async churn(count: number, peers: readonly Actor[]): Promise<void> {
     const { topology } = this;
     const slots = ['slot1', 'slot2']
@@ -573,6 +627,8 @@ export async function run(options: Options): Promise<Report> {
         servers.filter((to) => to !== from && (from !== host || to !== outsider) && (from !== plain || to === server)),
       );
     }
+    await s.newborn([outsider, server]);
+    await s.crowded(outsider);
     await s.frames(client, plain);
     await s.forge(proxy.pod, client, plain);
     const holdAll = async () => {
@@ -584,6 +640,9 @@ export async function run(options: Options): Promise<Report> {
         [veteran, outsider],
         [leaver, outsider],
       ] as const) {
+        // Of a pod enrolled while it ran, a proxied connection whose entry was evicted cannot be told from one that is
+        // older than the enrolment (README, Limits): it leaks when its proxy dies, and is left out here knowingly.
+        if (from === veteran && options.smallMaps) continue;
         await s.hold(from, to);
       }
     };
@@ -625,7 +684,7 @@ export async function run(options: Options): Promise<Report> {
         [leaver, server],
         [client, outsider],
       ]);
-      await uninstall(s, veteran, server, step);
+      await uninstall(s, client, server, step);
     }
     await s.stopTraffic();
     const vantages: Vantage[] = [];
@@ -646,22 +705,29 @@ export async function run(options: Options): Promise<Report> {
 }
 
 /** Root takes the programs away behind the plugin's back: from then on nothing is promised, but it must be said. */
-async function uninstall(s: Scenario, veteran: Actor, server: Actor, step: (name: string) => void): Promise<void> {
+async function uninstall(s: Scenario, victim: Actor, server: Actor, step: (name: string) => void): Promise<void> {
   const { stateDir } = s.topology;
-  if (s.options.hook === 'tcx' && veteran.pod) {
+  const { pod } = victim;
+  if (!pod) throw new Error(`${victim.label} is no pod`);
+  s.leaves(victim);
+  if (s.options.hook === 'tcx') {
     step("a program is detached behind the plugin's back");
     const shown = JSON.parse((await s.command('pods', '-o', 'json')).stdout) as { key: string; name: string }[];
-    const key = shown.find(({ name }) => name === 'veteran')?.key ?? '';
-    const directory = join(stateDir, 'links', key);
-    s.leaves(veteran);
+    const directory = join(stateDir, 'links', shown.find(({ name }) => name === victim.label)?.key ?? '');
     for (const link of readdirSync(directory)) must(['bpftool', 'link', 'detach', 'pinned', join(directory, link)]);
-    const status = await s.command('status');
-    s.check(
-      'status tells of a detached program',
-      status.status === 1 && /impaired: default\/veteran/.test(status.stdout),
-      status.stdout,
-    );
+  } else {
+    step('a filter is replaced by a foreign one');
+    for (const direction of ['ingress', 'egress']) {
+      const on = ['dev', pod.hostIfname, direction];
+      s.topology.node.run(['tc', 'filter', 'del', ...on]);
+      s.topology.node.run(['tc', 'filter', 'add', ...on, ...endOfChain]);
+    }
   }
+  const told = await s.command('status');
+  const impaired = told.status === 1 && told.stdout.includes(`impaired: default/${victim.label}`);
+  s.check('status tells that the programs of a pod are gone', impaired, told.stdout);
+  const missing = await s.verb('CHECK', pod);
+  s.check('CHECK tells that the programs of a pod are gone', /"code":\s*105/.test(missing.stdout), missing.stdout);
   step('the state directory is removed by hand');
   for (const actor of s.remaining()) s.leaves(actor);
   rmSync(stateDir, { recursive: true });

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Leaky builds: the harness must fail on each of them. A variant is the checkout with a few lines of bpf/ changed,
-// built in a directory of its own; the executables are kept outside the checkout under a hash of all that went in.
+// Leaky builds: the harness must fail on each of them. A variant is the checkout with a few lines changed, built in a directory of its own; the executables are kept outside the checkout under a hash of all that went in.
 
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
@@ -21,12 +20,13 @@ import {
 } from 'node:fs';
 import { homedir, tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { executable } from '../e2e/topology.ts';
 
 const root = join(import.meta.dirname, '../..');
 const cache = join(process.env.XDG_CACHE_HOME || join(homedir(), '.cache'), 'ambient-redirect-noleak');
 
 interface Change {
-  /** Below bpf/. */
+  /** In the checkout. */
   file: string;
   /** Must be there exactly once. */
   find: RegExp;
@@ -36,60 +36,88 @@ interface Change {
 export interface Variant {
   name: string;
   changes: readonly Change[];
-  /** What the judge has to call at least one of the leaks. */
-  caughtAs: RegExp;
+  /** No build of its own: answers ADD at once, and does it afterwards. */
+  late?: boolean;
+  /** Default tcx. */
+  hook?: 'tcx' | 'clsact';
+  /** Each of these has to be the judge's name of a leak. */
+  caughtAs: readonly RegExp[];
 }
 
 export const variants: readonly Variant[] = [
   {
     name: 'ipv6-passed',
-    changes: [{ file: 'parse.h', find: /(if \(eth\.h_proto == bpf_htons\(ETH_P_IPV6\))\)/g, replace: '$1 && 0)' }],
-    caughtAs: /^small: SYN$/,
+    changes: [{ file: 'bpf/parse.h', find: /(if \(eth\.h_proto == bpf_htons\(ETH_P_IPV6\))\)/g, replace: '$1 && 0)' }],
+    caughtAs: [/^small: SYN$/],
   },
   {
     name: 'orphans-passed',
     changes: [
-      { file: 'redirect.bpf.c', find: /if \(f\) \{(?=\s+z = all \? listening_proxy)/g, replace: 'if (0 && f) {' },
-      { file: 'redirect.bpf.c', find: /if \(self->flags & INTERFACE_STRICT\)/g, replace: 'if (0)' },
+      { file: 'bpf/redirect.bpf.c', find: /if \(f\) \{(?=\s+z = all \? listening_proxy)/g, replace: 'if (0 && f) {' },
+      { file: 'bpf/redirect.bpf.c', find: /if \(self->flags & INTERFACE_STRICT\)/g, replace: 'if (0)' },
     ],
-    caughtAs: /^held: data$/,
+    caughtAs: [/^held: data$/],
   },
   {
     name: 'two-tags-passed',
     changes: [
-      { file: 'parse.h', find: /if \(skb->vlan_present\)\s+return 1;/g, replace: '' },
-      { file: 'parse.h', find: /return protocol == bpf_htons\(ETH_P_8021Q\) \|\| [^;]*;/g, replace: 'return 0;' },
+      { file: 'bpf/parse.h', find: /if \(skb->vlan_present\)\s+return 1;/g, replace: '' },
+      { file: 'bpf/parse.h', find: /return protocol == bpf_htons\(ETH_P_8021Q\) \|\| [^;]*;/g, replace: 'return 0;' },
     ],
-    caughtAs: /^tagged frame: SYN/,
+    caughtAs: [/^tagged frame: SYN/],
   },
   {
     name: 'short-fragment-passed',
     changes: [
       {
-        file: 'redirect.bpf.c',
+        file: 'bpf/redirect.bpf.c',
         find: /drop\((?=r, REASON_DROP_SHORT_FIRST_FRAGMENT\))/g,
         replace: 'pass(',
       },
     ],
-    caughtAs: /^fragments: first fragment/,
+    caughtAs: [/^fragments: first fragment/],
   },
   {
     name: 'cookie-passed',
     changes: [
       {
-        file: 'redirect.bpf.c',
+        file: 'bpf/redirect.bpf.c',
         find: /return to_proxy\(r, z, REASON_TO_PROXY_COOKIE,[^;]*;/g,
         replace: 'return pass(r, REASON_TO_PROXY_COOKIE);',
       },
     ],
-    caughtAs: /^small: ACK$/,
+    caughtAs: [/^small: ACK$/],
   },
   {
     name: 'forged-sign-obeyed',
-    changes: [{ file: 'redirect.bpf.c', find: /drop\((?=&r, REASON_DROP_FORGED_SIGN\))/g, replace: 'pass(' }],
-    caughtAs: /^forged frame: /,
+    changes: [{ file: 'bpf/redirect.bpf.c', find: /drop\((?=&r, REASON_DROP_FORGED_SIGN\))/g, replace: 'pass(' }],
+    caughtAs: [/^forged frame: /],
   },
+  {
+    name: 'foreign-filter-ahead',
+    changes: [
+      {
+        file: 'plugin/datapath.ts',
+        find: /(?<=if \(blocking !== undefined\) \{\s+if \()config\.failurePolicy === 'closed'(?=\))/g,
+        replace: 'false',
+      },
+    ],
+    hook: 'clsact',
+    caughtAs: [/^small: SYN$/],
+  },
+  { name: 'add-before-attach', changes: [], late: true, caughtAs: [/^small: SYN$/] },
 ];
+
+/** Variants whose leaks have names of their own, in one build. */
+export function together(names: readonly string[]): Variant {
+  const chosen = variants.filter(({ name }) => names.includes(name));
+  if (chosen.length !== names.length || chosen.some(({ late, hook }) => late || hook)) throw new Error(names.join());
+  return {
+    name: names.join('+'),
+    changes: chosen.flatMap(({ changes }) => changes),
+    caughtAs: chosen.flatMap(({ caughtAs }) => caughtAs),
+  };
+}
 
 /** What a build depends on besides the changes. */
 const inputs = ['bpf/*.{c,h}', 'native/*.{c,cc,h,map}', 'plugin/**/*.ts', '.ci/bpf', '.ci/*.mjs', 'binding.gyp'].concat(
@@ -97,10 +125,20 @@ const inputs = ['bpf/*.{c,h}', 'native/*.{c,cc,h,map}', 'plugin/**/*.ts', '.ci/b
   'package-lock.json',
 );
 
+const lateAdd = `#!/bin/sh
+real='${executable}'
+[ "$CNI_COMMAND" = ADD ] || exec "$real" "$@"
+input=$(cat)
+printf %s "$input" | python3 -c 'import json, sys
+entry = json.load(sys.stdin)
+print(json.dumps({**entry["prevResult"], "cniVersion": entry["cniVersion"]}))'
+(sleep 0.4; printf %s "$input" | "$real") >/dev/null 2>&1 &
+`;
+
 function identity(variant: Variant): string {
-  const sum = createHash('sha256').update(
-    JSON.stringify(variant.changes.map((one) => [one.file, `${one.find}`, one.replace])),
-  );
+  const sum = createHash('sha256')
+    .update(variant.late ? lateAdd : '')
+    .update(JSON.stringify(variant.changes.map((one) => [one.file, `${one.find}`, one.replace])));
   const files = globSync(inputs, { cwd: root }).filter((file) => !/\.test\.ts$|\.testing\.ts$/.test(file));
   for (const file of files.sort())
     sum
@@ -117,10 +155,14 @@ export function buildVariant(variant: Variant, say: (line: string) => void): str
   if (existsSync(output)) return output;
   const started = performance.now();
   mkdirSync(cache, { recursive: true, mode: 0o700 });
+  if (variant.late) {
+    writeFileSync(output, lateAdd, { mode: 0o700 });
+    return output;
+  }
   const copy = mkdtempSync(join(tmpdir(), 'ambient-redirect-noleak.'));
   try {
     copyCheckout(copy);
-    for (const { file, find, replace } of variant.changes) change(join(copy, 'bpf', file), find, replace);
+    for (const { file, find, replace } of variant.changes) change(join(copy, file), find, replace);
     const { status, stderr } = spawnSync(process.execPath, ['.ci/build.mjs'], {
       cwd: copy,
       encoding: 'utf8',
