@@ -97,6 +97,7 @@ enum reason {
 #define INTERFACE_NO_PLAINTEXT (1u << 8)  /* proxy.ports.inboundPlaintext is 0 */
 #define INTERFACE_NO_HBONE (1u << 9)      /* proxy.ports.inboundHBONE is 0 */
 #define INTERFACE_ACCEPT_LOCAL (1u << 10) /* a proxy's attachment: accept_local was off before */
+#define INTERFACE_TPROXY (1u << 11)       /* a proxy's attachment: TPROXY rules were made for it */
 
 /* map "interfaces", hash: host-side ifindex -> */
 struct interface {

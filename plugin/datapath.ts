@@ -120,6 +120,8 @@ export function attach(native: Native, config: RedirectConfig, target: Target): 
     // What the record says is put back by DEL, so it is written before the change.
     const accepts = target.role !== 'proxy' || native.acceptLocal(netns, facts.pod.ifindex);
     const acceptLocalFlag = accepts ? 0 : (native.flags.INTERFACE_ACCEPT_LOCAL ?? 0);
+    const tproxy = target.role === 'proxy' && needsTproxy(native, state);
+    const tproxyFlag = tproxy ? (native.flags.INTERFACE_TPROXY ?? 0) : 0;
     const attachment: Attachment = {
       native,
       config,
@@ -129,7 +131,7 @@ export function attach(native: Native, config: RedirectConfig, target: Target): 
       facts,
       plan,
       record: {
-        ...newRecord(native, target, facts, plan, programTag, acceptLocalFlag),
+        ...newRecord(native, target, facts, plan, programTag, acceptLocalFlag | tproxyFlag),
         ...(previous !== null && { hooks: previous.hooks, enrolledAt: previous.enrolledAt }),
       },
       previous,
@@ -152,7 +154,7 @@ function attachAll(attachment: Attachment): AttachmentRecord {
     if (previous === null) undo.push(() => native.deleteAttachment(state, target.key));
     else undo.push(() => native.putAttachment(state, target.key, previous));
     if (target.role === 'proxy') addRouting(attachment);
-    if (target.role === 'proxy' && needsTproxy(native, state)) {
+    if ((record.flags & (native.flags.INTERFACE_TPROXY ?? 0)) !== 0) {
       undo.push(() => deleteTproxy(attachment.netns));
       addTproxy(attachment.netns, attachment.config);
     }
@@ -308,7 +310,7 @@ function fillMaps(attachment: Attachment): void {
     if (plan.exclusions.length > 0) {
       undo.push(() => native.deleteExclusions(state, ifindex));
       native.putExclusions(state, ifindex, plan.exclusions);
-    } else if (attachment.previous !== null) {
+    } else {
       native.deleteExclusions(state, ifindex);
     }
     for (const address of plan.addresses) {
@@ -683,7 +685,7 @@ function leaveProxyNetns(native: Native, state: State, netns: number, record: At
   for (const hook of record.hooks) {
     if (hook.kind === 'clsact' && hook.inNetns) removeFilter(native, netns, hook);
   }
-  if (needsTproxy(native, state)) deleteTproxy(netns);
+  if ((record.flags & (native.flags.INTERFACE_TPROXY ?? 0)) !== 0) deleteTproxy(netns);
   const { tproxy } = native.settings(state).marks;
   for (const family of [4, 6] as const) {
     native.deleteRule(netns, {
@@ -918,7 +920,7 @@ function newRecord(
   facts: HostFacts,
   plan: AttachPlan,
   programTag: string,
-  acceptLocalFlag: number,
+  ownFlags: number,
 ): AttachmentRecord {
   if (plan.addresses.length > MAX_ADDRESSES) {
     throw new CniError(
@@ -929,7 +931,7 @@ function newRecord(
   }
   return {
     ...emptyRecord(native, target),
-    flags: plan.flags | acceptLocalFlag,
+    flags: plan.flags | ownFlags,
     hostIfindex: facts.host.ifindex,
     podIfindex: facts.pod.ifindex,
     nsid: facts.nsid,
