@@ -90,7 +90,10 @@ class Server(threading.Thread):
                     self.forget(connection)
                     return
             if pending:
-                del pending[: connection.send(pending)]
+                try:
+                    del pending[: connection.send(pending)]
+                except BlockingIOError:
+                    pass  # The rest goes when there is room: EVENT_WRITE, below.
             wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if pending else 0)
             self.selector.modify(connection, wanted)
         except BlockingIOError:
