@@ -5,6 +5,7 @@
 
 import { execFileSync } from 'node:child_process';
 import { mkdirSync, rmdirSync, rmSync, statSync } from 'node:fs';
+import { join } from 'node:path';
 import { must, type Namespace, removeNetns, until } from '../netns.ts';
 import { older } from '../runtime.ts';
 import type { Rule } from './rule.ts';
@@ -103,8 +104,10 @@ export const delRules: Rule[] = [
       mkdirSync(pod.namespace.path);
       await subject.del(pod);
       rmdirSync(pod.namespace.path);
-      execFileSync('mkfifo', [pod.namespace.path]);
-      await subject.del(pod);
+      // Not below /run/netns: every ip(8) of the machine opens what is there to name namespaces, and would wait for ever.
+      const fifo = join(subject.testbed.directory(`fifo.${pod.id}`), 'netns');
+      execFileSync('mkfifo', [fifo]);
+      await subject.del(pod, subject.newest, { env: { CNI_NETNS: fifo } });
     },
   },
   {
