@@ -438,7 +438,7 @@ export interface Native {
     programFd: number,
     filter: { priority: number; handle: number; name: string; replace: boolean },
   ): void;
-  /** only if that filter runs `programId` or one named as `name`; false if it is not there */
+  /** whatever bpf filter has that place: the caller proves first, by filters(), that it is ours; false if none is there */
   deleteFilter(
     netns: number,
     ifindex: number,
