@@ -22,191 +22,13 @@
 #include <stddef.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
+#include "flows.h"
 #include "maps.h"
 #include "parse.h"
+#include "sockets.h"
+#include "verdict.h"
 
-#define PASS TC_ACT_UNSPEC
-#define DROP TC_ACT_SHOT
-
-/* Where a packet came from, for the choice of the listener and of the sign. */
-enum side { OUTBOUND, INBOUND, DNS };
-
-/*
- * One run of one program. The index is read once: clang otherwise keeps a pointer into the middle of __sk_buff across
- * branches, which the verifier refuses ("dereference of modified ctx ptr").
- */
-struct run {
-	struct __sk_buff *skb;
-	__u32 ifindex;
-	enum program program;
-	struct packet *p; /* 0 until it is parsed */
-};
-
-/* ---- fragments and trace ----------------------------------------------------------------------------------------- */
-
-static __always_inline struct fragment_key fragment_key(const struct run *r, const struct packet *p)
-{
-	struct fragment_key key = { .ifindex = r->ifindex, .id = p->fragment_id };
-
-	copy16(key.source, p->tuple.source);
-	copy16(key.destination, p->tuple.destination);
-	return key;
-}
-
-/* Only a first fragment has the ports: what becomes of it becomes of those that follow. */
-static __always_inline void remember_fragment(const struct run *r, struct fragment *f)
-{
-	struct fragment_key key;
-
-	if (!r->p || !r->p->more_fragments)
-		return;
-	key = fragment_key(r, r->p);
-	f->time = bpf_ktime_get_ns();
-	bpf_map_update_elem(&fragments, &key, f, BPF_ANY);
-}
-
-/* As long as a receiver waits for the rest (net.ipv4.ipfrag_time). */
-#define FRAGMENT_LIFETIME 30000000000ull
-
-static __always_inline struct fragment *first_fragment(const struct run *r, const struct packet *p)
-{
-	struct fragment_key key = fragment_key(r, p);
-	struct fragment *f = bpf_map_lookup_elem(&fragments, &key);
-
-	return f && bpf_ktime_get_ns() - f->time < FRAGMENT_LIFETIME ? f : 0;
-}
-
-/* Costs one array lookup while nobody listens. */
-static __always_inline void report(struct __sk_buff *skb, const struct counter_key *key, const struct packet *p)
-{
-	__u32 zero = 0;
-	struct trace *t = bpf_map_lookup_elem(&trace, &zero);
-	struct event e = {};
-	long failed;
-
-	if (!t || !t->on || (t->ifindex && t->ifindex != key->ifindex) || (t->reason && t->reason != key->reason))
-		return;
-	e.time = bpf_ktime_get_ns();
-	e.ifindex = key->ifindex;
-	e.program = key->program;
-	e.reason = key->reason;
-	e.length = skb->len;
-	if (p) {
-		e.family = p->family;
-		e.flags = p->flags;
-		e.protocol = p->protocol;
-		e.tuple = p->tuple;
-	}
-	if (use_ringbuf)
-		failed = bpf_ringbuf_output(&events, &e, sizeof(e), 0);
-	else
-		failed = bpf_perf_event_output(skb, &events, BPF_F_CURRENT_CPU, &e, sizeof(e));
-	if (failed)
-		__sync_fetch_and_add(&t->lost, 1);
-}
-
-/* ---- counters ---------------------------------------------------------------------------------------------------- */
-
-/* A function of its own: inlined at each of its many calls it would be most of every program. */
-static __noinline int count_packet(struct __sk_buff *skb, __u32 ifindex, __u32 program, __u32 reason,
-				   const struct packet *p)
-{
-	struct counter_key key = { .ifindex = ifindex, .program = program, .reason = reason };
-	struct counter *c = bpf_map_lookup_elem(&counters, &key);
-
-	if (c) {
-		c->packets++;
-		c->bytes += skb->len;
-	} else {
-		struct counter first = { .packets = 1, .bytes = skb->len };
-
-		bpf_map_update_elem(&counters, &key, &first, BPF_NOEXIST);
-	}
-	report(skb, &key, p);
-	return 0;
-}
-
-static __always_inline void count(const struct run *r, enum reason reason)
-{
-	count_packet(r->skb, r->ifindex, r->program, reason, r->p);
-}
-
-static __always_inline int pass(const struct run *r, enum reason reason)
-{
-	struct fragment f = { .action = FRAGMENT_PASS };
-
-	remember_fragment(r, &f);
-	count(r, reason);
-	return PASS;
-}
-
-static __always_inline int drop(const struct run *r, enum reason reason)
-{
-	count(r, reason);
-	return DROP;
-}
-
-/* ---- sockets --------------------------------------------------------------------------------------------------- */
-
-static __always_inline struct bpf_sock *find_socket(struct __sk_buff *skb, struct bpf_sock_tuple *tuple, __u32 size,
-						    __s32 nsid)
-{
-	if (full_sockets_only)
-		return bpf_sk_lookup_tcp(skb, tuple, size, (__u64)(__s64)nsid, 0);
-	return bpf_skc_lookup_tcp(skb, tuple, size, (__u64)(__s64)nsid, 0);
-}
-
-/* BPF_TCP_* state of the socket that would receive this tuple in namespace nsid; 0 if there is none. */
-static __always_inline int socket_state(struct __sk_buff *skb, struct packet *p, __s32 nsid)
-{
-	struct bpf_sock *sk;
-	int state = 0;
-
-	sk = find_socket(skb, &p->socket, p->socket_len, nsid);
-	if (!sk)
-		return 0;
-	state = sk->state;
-	/* A half-open connection comes back as its listener, whose port is another one. */
-	if (full_sockets_only && state == BPF_TCP_LISTEN && sk->src_port != p->tuple.destination_port)
-		state = BPF_TCP_SYN_RECV;
-	bpf_sk_release(sk);
-	return state;
-}
-
-/* A connection, whatever its state; TIME_WAIT and half-open ones too. */
-static __always_inline int has_connection(struct __sk_buff *skb, struct packet *p, __s32 nsid)
-{
-	int state = socket_state(skb, p, nsid);
-
-	return state && state != BPF_TCP_LISTEN;
-}
-
-/*
- * An IP_TRANSPARENT listener takes any destination, so it is asked for at loopback, where no other address of the
- * namespace can be in the way. The caller releases it.
- */
-static __always_inline struct bpf_sock *find_listener(struct __sk_buff *skb, __u8 family, __s32 nsid, __u16 port)
-{
-	struct bpf_sock_tuple t = {};
-	struct bpf_sock *sk;
-
-	if (family == 4) {
-		t.ipv4.daddr = bpf_htonl(0x7f000001);
-		t.ipv4.dport = bpf_htons(port);
-		sk = find_socket(skb, &t, sizeof(t.ipv4), nsid);
-	} else {
-		t.ipv6.daddr[3] = bpf_htonl(1);
-		t.ipv6.dport = bpf_htons(port);
-		sk = find_socket(skb, &t, sizeof(t.ipv6), nsid);
-	}
-	if (!sk)
-		return 0;
-	if (sk->state != BPF_TCP_LISTEN) {
-		bpf_sk_release(sk);
-		return 0;
-	}
-	return sk;
-}
+/* ---- proxies ------------------------------------------------------------------------------------------------------ */
 
 /*
  * Namespace ids are re-used as soon as they are free, so a proxy that is gone could be mistaken for whoever has its
@@ -250,23 +72,6 @@ static __always_inline struct proxy *proxy_of_flow(struct __sk_buff *skb, struct
 			return &all->slot[i];
 	}
 	return 0;
-}
-
-static __always_inline void swap_ends(struct packet *p)
-{
-	struct bpf_sock_tuple t = p->socket;
-
-	if (p->family == 4) {
-		p->socket.ipv4.saddr = t.ipv4.daddr;
-		p->socket.ipv4.daddr = t.ipv4.saddr;
-		p->socket.ipv4.sport = t.ipv4.dport;
-		p->socket.ipv4.dport = t.ipv4.sport;
-	} else {
-		__builtin_memcpy(p->socket.ipv6.saddr, t.ipv6.daddr, 16);
-		__builtin_memcpy(p->socket.ipv6.daddr, t.ipv6.saddr, 16);
-		p->socket.ipv6.sport = t.ipv6.dport;
-		p->socket.ipv6.dport = t.ipv6.sport;
-	}
 }
 
 /* Was this packet sent by a proxy? Its socket would receive the answer. */
@@ -349,45 +154,6 @@ static __always_inline struct proxy *proxy_of_cookie(struct __sk_buff *skb, stru
 	return 0;
 }
 
-/* ---- flows ----------------------------------------------------------------------------------------------------- */
-
-static __always_inline void *direct_table(__u32 ifindex)
-{
-	return bpf_map_lookup_elem(&direct, &ifindex);
-}
-
-static __always_inline int is_direct(__u32 ifindex, const struct tuple *from_pod)
-{
-	void *table = direct_table(ifindex);
-
-	return table && bpf_map_lookup_elem(table, from_pod);
-}
-
-/* What was let go direct on purpose must stay so: later packets of it have nothing else to show. */
-static __always_inline void remember_direct(__u32 ifindex, const struct tuple *from_pod)
-{
-	void *table = direct_table(ifindex);
-	__u64 now = bpf_ktime_get_ns();
-
-	if (table)
-		bpf_map_update_elem(table, from_pod, &now, BPF_ANY);
-}
-
-static __always_inline void remember_flow(const struct tuple *from_proxy, __u32 ifindex, __u32 kind)
-{
-	struct flow f = { .ifindex = ifindex, .kind = kind };
-
-	bpf_map_update_elem(&flows, from_proxy, &f, BPF_ANY);
-}
-
-static __always_inline void forget_direct(__u32 ifindex, const struct tuple *from_pod)
-{
-	void *table = direct_table(ifindex);
-
-	if (table)
-		bpf_map_delete_elem(table, from_pod);
-}
-
 /* ---- moving packets -------------------------------------------------------------------------------------------- */
 
 /*
@@ -464,39 +230,6 @@ static __always_inline int reinject(const struct run *r, __u32 ifindex)
 	count(r, REASON_FROM_PROXY_REINJECTED);
 	skb->mark = mark_bypass;
 	return bpf_redirect(ifindex, BPF_F_INGRESS);
-}
-
-/* ---- exclusions -------------------------------------------------------------------------------------------------- */
-
-static __always_inline __u32 rule_for_port(void *rules, __u8 kind, __u16 port)
-{
-	struct exclusion key = { .prefix_length = 32 + 16, .kind = kind };
-	__u32 *reason;
-
-	key.value[0] = port >> 8;
-	key.value[1] = port & 0xff;
-	reason = bpf_map_lookup_elem(rules, &key);
-	return reason ? *reason : 0;
-}
-
-/* Reason under which a new connection is excluded, or 0. `from_pod`: the pod's end is the source. */
-static __always_inline __u32 excluded(const struct run *r, const struct tuple *from_pod, enum side side)
-{
-	struct exclusion key = { .prefix_length = 32 + 128, .kind = EXCLUDE_OUTBOUND_ADDRESS };
-	__u32 ifindex = r->ifindex;
-	void *rules = bpf_map_lookup_elem(&exclusions, &ifindex);
-	__u32 reason, *found;
-
-	if (!rules)
-		return 0;
-	if (side == INBOUND)
-		return rule_for_port(rules, EXCLUDE_INBOUND_PORT, from_pod->source_port);
-	reason = rule_for_port(rules, EXCLUDE_OUTBOUND_PORT, from_pod->destination_port);
-	if (reason)
-		return reason;
-	copy16(key.value, from_pod->destination);
-	found = bpf_map_lookup_elem(rules, &key);
-	return found ? *found : 0;
 }
 
 /* ---- decisions --------------------------------------------------------------------------------------------------- */
