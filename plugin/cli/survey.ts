@@ -110,7 +110,7 @@ export function survey(native: Native, directories: Directories): Survey | null 
   }
 }
 
-/** Counters of drops at an attachment's host-side interface. */
+/** Counters of drops at an attachment's interface. */
 function dropsAt(counters: readonly Counter[], ifindex: number): bigint {
   return counters
     .filter((counter) => counter.ifindex === ifindex && counter.reason.startsWith('drop_'))
@@ -133,7 +133,7 @@ function examine(
     present,
     alive: present ? record.hooks.length - missing : 0,
     findings,
-    drops: dropsAt(counters, record.hostIfindex),
+    drops: dropsAt(counters, record.interfaceId),
   };
 }
 
