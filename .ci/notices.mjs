@@ -51,8 +51,11 @@ function section(title, use, licence) {
 
 function npmLicence(root, name) {
   const [file] = globSync(join(root, 'node_modules', name, '{LICENSE,LICENCE,License}*'));
-  if (!file) throw new Error(`npm package ${name} has no licence file`);
-  return read(file);
+  if (file) return read(file);
+  // Some packages name their licence only; of this one the text is ours too.
+  const { license, author } = JSON.parse(read(join(root, 'node_modules', name, 'package.json')));
+  if (license !== 'Apache-2.0') throw new Error(`npm package ${name} has no licence file`);
+  return `By ${author}, under Apache-2.0.\n\n${read(join(root, 'LICENSE'))}`;
 }
 
 function read(file) {
