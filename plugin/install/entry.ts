@@ -177,17 +177,31 @@ function repeated<T>(body: () => T): T {
 /** Longer than any edit, or the copy of the executable, takes. */
 const LOCK_TIMEOUT_MILLISECONDS = 30_000;
 
-/** Runs `body` while no other install, uninstall or agent edits there; kill -9 releases it. Throws CniError 103, 110. */
-export function installLocked<T>(native: Native, runDir: string, body: () => T): T {
+/** Another install, uninstall or agent is editing at this moment. */
+export class InstallLockHeld extends Error {
+  override readonly name = 'InstallLockHeld';
+}
+
+/**
+ * Runs `body` while no other install, uninstall or agent edits there; kill -9 releases it. Throws InstallLockHeld,
+ * CniError 103 or 110.
+ */
+export function installLocked<T>(
+  native: Native,
+  runDir: string,
+  body: () => T,
+  timeoutMilliseconds: number = LOCK_TIMEOUT_MILLISECONDS,
+): T {
   const path = join(runDir, 'install.lock');
   let fd: number;
   try {
     mkdirSync(runDir, { recursive: true, mode: 0o700 });
-    fd = native.lockFile(path, LOCK_TIMEOUT_MILLISECONDS);
+    fd = native.lockFile(path, timeoutMilliseconds);
   } catch (error) {
-    throw hasCode(error, 'ETIMEDOUT')
-      ? new Error(`${path} stays locked: another install, uninstall or agent is at work`, { cause: error })
-      : stepError(Code.STATE_FAILED, `lock ${path}`, error);
+    if (hasCode(error, 'ETIMEDOUT')) {
+      throw new InstallLockHeld(`${path} stays locked by another install, uninstall or agent`, { cause: error });
+    }
+    throw stepError(Code.STATE_FAILED, `lock ${path}`, error);
   }
   try {
     return body();

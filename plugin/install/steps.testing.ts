@@ -3,8 +3,10 @@
 // nothing else can, when the N-th step is on disk. Prints the steps, a line each. N of 0: goes to the end.
 
 import { writeSync } from 'node:fs';
+import { loadNative } from '../addon.ts';
 import { type EntryOptions, ensureEntry, removeEntries } from './entry.ts';
 import { placeExecutable, removeExecutable } from './executable.ts';
+import { uninstall } from './uninstall.ts';
 
 const [action = '', json = '{}', last = '0'] = process.argv.slice(2);
 const options = JSON.parse(json);
@@ -21,5 +23,6 @@ const actions: Record<string, () => unknown> = {
   placeExecutable: () =>
     placeExecutable({ path: options.path, addon: Buffer.from(options.addon) }, options.binDir, step),
   removeExecutable: () => removeExecutable(options.binDir, step),
+  uninstall: () => uninstall(loadNative(), options, () => {}, step),
 };
-actions[action]?.();
+await actions[action]?.();
