@@ -36,7 +36,18 @@ test('--version is the package’s', async () => {
 test('--help names every command', async () => {
   const { code, out, err } = await run('--help');
   expect({ code, err }).toEqual({ code: 0, err: '' });
-  const commands = ['status', 'pods', 'counters', 'enroll', 'unenroll', 'proxy', 'doctor', 'install', 'uninstall', 'demo'];
+  const commands = [
+    'status',
+    'pods',
+    'counters',
+    'enroll',
+    'unenroll',
+    'proxy',
+    'doctor',
+    'install',
+    'uninstall',
+    'demo',
+  ];
   expect(commands.filter((name) => !new RegExp(`^  ${name} `, 'm').test(out))).toEqual([]);
 });
 
