@@ -25,6 +25,7 @@
 #include "flows.h"
 #include "maps.h"
 #include "parse.h"
+#include "reset.h"
 #include "sockets.h"
 #include "verdict.h"
 
@@ -234,13 +235,42 @@ static __always_inline int reinject(const struct run *r, __u32 ifindex)
 
 /* ---- decisions --------------------------------------------------------------------------------------------------- */
 
+/* The frame is a RST now: counted, and on its way back to where the refused segment came from. */
+static __always_inline int send_reset(const struct run *r, const struct interface *self)
+{
+	struct __sk_buff *skb = r->skb;
+	__u8 macs[12];
+
+	skb->mark = mark_bypass;
+	if (r->program == POD_INGRESS) {
+		/* As the pod's own answer would come: conntrack undoes what NAT did to the SYN, the node routes it. */
+		__builtin_memcpy(macs, self->gateway_mac, 6);
+		__builtin_memcpy(macs + 6, self->pod_mac, 6);
+		if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
+			return drop(r, REASON_DROP_REDIRECT_FAILED);
+		count(r, REASON_RESET_NO_LISTENER);
+		return bpf_redirect(r->ifindex, BPF_F_INGRESS);
+	}
+	count(r, REASON_RESET_NO_LISTENER);
+	return bpf_redirect(r->ifindex, 0);
+}
+
 /* A SYN for which no proxy listens, and a segment of a dead proxy's flow. `from_pod`: the pod's end is the source. */
 static __always_inline int by_policy(const struct run *r, const struct interface *self, const struct tuple *from_pod)
 {
-	if (!(self->flags & INTERFACE_POLICY_OPEN))
+	int refused;
+
+	if (self->flags & INTERFACE_POLICY_OPEN) {
+		remember_direct(r->ifindex, from_pod);
+		return pass(r, REASON_PASS_FAILURE_POLICY_OPEN);
+	}
+	/* A RST is never answered. */
+	if (!(self->flags & INTERFACE_CLOSED_RESET) || r->p->flags & TCP_RST)
 		return drop(r, REASON_DROP_NO_LISTENER);
-	remember_direct(r->ifindex, from_pod);
-	return pass(r, REASON_PASS_FAILURE_POLICY_OPEN);
+	refused = make_reset(r->skb, r->p);
+	if (refused)
+		return drop(r, refused == UNANSWERABLE ? REASON_DROP_MALFORMED : REASON_DROP_REDIRECT_FAILED);
+	return send_reset(r, self);
 }
 
 /*
@@ -713,8 +743,16 @@ int proxy_egress(struct __sk_buff *skb)
 				bpf_sk_release(sk);
 				return to_proxy(&r, self, REASON_FROM_PROXY_SECOND_LEG, SIGN_INBOUND);
 			}
-			if (!(to->flags & INTERFACE_POLICY_OPEN))
-				return drop(&r, REASON_DROP_NO_LISTENER);
+			if (!(to->flags & INTERFACE_POLICY_OPEN)) {
+				if (!(to->flags & INTERFACE_CLOSED_RESET))
+					return drop(&r, REASON_DROP_NO_LISTENER);
+				/* Signed: the address that it is for need not be one of the proxy's namespace. */
+				verdict = make_reset(skb, &p);
+				if (verdict)
+					return drop(&r, verdict == UNANSWERABLE ? REASON_DROP_MALFORMED :
+										  REASON_DROP_REDIRECT_FAILED);
+				return to_proxy(&r, self, REASON_RESET_NO_LISTENER, SIGN_ESTABLISHED);
+			}
 		}
 		remember_flow(&p.tuple, to->ifindex, FLOW_UPSTREAM);
 		return deliver(&r, to, REASON_FROM_PROXY_LOCAL);

@@ -13,6 +13,7 @@ import { podIngress } from './pod-ingress.ts';
 import { proxyEgress } from './proxy-egress.ts';
 import { proxyGuard } from './proxy-guard.ts';
 import { proxyIngress } from './proxy-ingress.ts';
+import { reset } from './reset.ts';
 import { noRedirectPeer } from './variants.ts';
 
 const seen = new Set<string>();
@@ -39,6 +40,7 @@ proxyGuard(() => standard);
 proxyIngress('with bpf_sk_assign, refused outside a hook', () => standard, drop('drop_redirect_failed'));
 proxyIngress('without bpf_sk_assign', () => noAssign, pass('proxy_assigned'));
 noRedirectPeer(() => noPeer);
+reset(() => standard);
 
 describe('variants', () => {
   const names = Object.keys(loadNative().flags).filter((name) => name.startsWith('VARIANT_'));
