@@ -6,6 +6,8 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Command, CommanderError, InvalidArgumentError, Option } from 'commander';
 import { loadNative } from './addon.ts';
+import { type AgentSettings, addAgentOptions } from './agent/settings.ts';
+import { agent } from './cli/agent.ts';
 import { counters } from './cli/counters.ts';
 import { demo } from './cli/demo.ts';
 import { type DirectoryOptions, directoriesOf, settingsOf } from './cli/directories.ts';
@@ -152,6 +154,12 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
   ).action(async (options: Record<string, unknown>) => {
     finish(await uninstallCommand(terminal, readSettings(UNINSTALL_SETTINGS, options)));
   });
+
+  addAgentOptions(command(program, 'agent', 'the node agent: speaks to ztunnel (ZDS) and to the plugin')).action(
+    async (options: AgentSettings) => {
+      finish(await agent(loadNative(), options));
+    },
+  );
 
   const demoCommand = command(program, 'demo', 'the whole thing in throw-away namespaces, with a proxy of its own')
     .addOption(
