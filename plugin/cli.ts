@@ -6,6 +6,8 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Command, CommanderError, InvalidArgumentError, Option } from 'commander';
 import { loadNative } from './addon.ts';
+import { type AgentSettings, addAgentOptions } from './agent/settings.ts';
+import { agent } from './cli/agent.ts';
 import { counters } from './cli/counters.ts';
 import { demo } from './cli/demo.ts';
 import { type DirectoryOptions, directoriesOf, settingsOf } from './cli/directories.ts';
@@ -137,6 +139,12 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
     .action((options: DirectoryOptions & Format & { confDir: string }) => {
       finish(doctor(loadNative(), terminal, directoriesOf(options), options.confDir, options.output === 'json'));
     });
+
+  addAgentOptions(command(program, 'agent', 'the node agent: speaks to ztunnel (ZDS) and to the plugin')).action(
+    async (options: AgentSettings) => {
+      finish(await agent(loadNative(), options));
+    },
+  );
 
   const demoCommand = command(program, 'demo', 'the whole thing in throw-away namespaces, with a proxy of its own')
     .addOption(

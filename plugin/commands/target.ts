@@ -25,8 +25,17 @@ export interface Decision {
   reason: string;
 }
 
-/** Throws CniError 7, or 11 where the agent would have to be asked. */
-export function decide(native: Native, request: Request, netns: number, config: RedirectConfig): Decision {
+/**
+ * `agentAnswer`: what the agent said, where it was asked; undefined: nobody could be. Throws CniError 7, or 11 where the
+ * agent would have to be asked.
+ */
+export function decide(
+  native: Native,
+  request: Request,
+  netns: number,
+  config: RedirectConfig,
+  agentAnswer?: boolean,
+): Decision {
   const { conf, ifname } = request;
   const annotations = podAnnotations(conf.runtimeConfig);
   const pod = podIdentity(request.args);
@@ -37,6 +46,7 @@ export function decide(native: Native, request: Request, netns: number, config: 
       ifname,
       annotations,
       annotationsDeclared: declaresCapability(conf, ANNOTATIONS_CAPABILITY),
+      ...(agentAnswer !== undefined && { agentAnswer }),
     }),
   );
   const { role, reason } = enrolment;
