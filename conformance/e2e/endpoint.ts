@@ -187,6 +187,11 @@ export class Endpoint {
     return (await this.#call<{ answers: [string, number, string][] }>('dns', { questions, ...options })).answers;
   }
 
+  /** Turns offloads of an interface on or off, as ethtool -K does. */
+  async offload(ifname: string, wanted: Partial<Record<'checksum' | 'tso' | 'gso' | 'gro', boolean>>): Promise<void> {
+    await this.#call('offload', { ifname, ...wanted });
+  }
+
   async serveUDP(port: number): Promise<void> {
     await Promise.all([
       this.#call('udp_serve', { address: '0.0.0.0', port }),

@@ -70,7 +70,7 @@ export function decide(native: Native, request: Request, netns: number, config: 
 }
 
 /** The node's settings with what the pod asks for itself. Throws CniError 7. */
-function withWishes(config: RedirectConfig, { dnsCapture, exclude }: TrafficAnnotations): RedirectConfig {
+export function withWishes(config: RedirectConfig, { dnsCapture, exclude }: TrafficAnnotations): RedirectConfig {
   if (dnsCapture === true && config.proxy.ports.dns === 0) {
     throw new CniError(
       Code.INVALID_NETWORK_CONFIG,
