@@ -12,6 +12,7 @@
 #include "flows.h"
 #include "maps.h"
 #include "parse.h"
+#include "reset.h"
 #include "sockets.h"
 #include "verdict.h"
 
@@ -73,13 +74,47 @@ static __always_inline __u32 goes_direct(const struct run *r, const struct packe
 	return reason;
 }
 
+/* The frame is a RST now: counted, and on its way back to where the refused segment came from. */
+static __always_inline int send_reset(const struct run *r, const struct interface *self)
+{
+	struct __sk_buff *skb = r->skb;
+	__u8 macs[12];
+
+	skb->mark = mark_bypass;
+	if (r->program == POD_INGRESS || r->program == INPOD_EGRESS) {
+		/*
+		 * As the pod's own answer would come: conntrack undoes what NAT did to the SYN, the node routes it. Inside the
+		 * pod: as what is looped.
+		 */
+		__builtin_memcpy(macs, r->program == INPOD_EGRESS ? self->pod_mac : self->gateway_mac, 6);
+		__builtin_memcpy(macs + 6, self->pod_mac, 6);
+		if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
+			return drop(r, REASON_DROP_REDIRECT_FAILED);
+		if (r->program == INPOD_EGRESS)
+			skb->mark = mark_tproxy;
+		count(r, REASON_RESET_NO_LISTENER);
+		return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
+	}
+	count(r, REASON_RESET_NO_LISTENER);
+	return bpf_redirect(skb->ifindex, 0);
+}
+
 /* A SYN for which no proxy listens, and a segment of a dead proxy's flow. `from_pod`: the pod's end is the source. */
 static __always_inline int by_policy(const struct run *r, const struct interface *self, const struct tuple *from_pod)
 {
-	if (!(self->flags & INTERFACE_POLICY_OPEN))
+	int refused;
+
+	if (self->flags & INTERFACE_POLICY_OPEN) {
+		remember_direct(r->ifindex, from_pod);
+		return pass(r, REASON_PASS_FAILURE_POLICY_OPEN);
+	}
+	/* A RST is never answered. */
+	if (!(self->flags & INTERFACE_CLOSED_RESET) || r->p->flags & TCP_RST)
 		return drop(r, REASON_DROP_NO_LISTENER);
-	remember_direct(r->ifindex, from_pod);
-	return pass(r, REASON_PASS_FAILURE_POLICY_OPEN);
+	refused = make_reset(r->skb, r->p);
+	if (refused)
+		return drop(r, refused == UNANSWERABLE ? REASON_DROP_MALFORMED : REASON_DROP_REDIRECT_FAILED);
+	return send_reset(r, self);
 }
 
 /* ---- segments without a socket ----------------------------------------------------------------------------------- */

@@ -368,7 +368,8 @@ static __always_inline int inpod_outbound(const struct run *r, struct packet *p,
 	enum side side = self->flags & INTERFACE_DNS && p->tuple.destination_port == 53 ? DNS : OUTBOUND;
 	__u16 port = side == DNS ? self->dns : self->outbound;
 	struct tuple from_proxy = reversed(&p->tuple);
-	int own = is_own(r, p->tuple.source);
+	int own = is_own(r, p->tuple.source), connected;
+	struct bpf_sock_tuple socket;
 	__u32 reason;
 
 	if (is_syn(p)) {
@@ -392,8 +393,11 @@ static __always_inline int inpod_outbound(const struct run *r, struct packet *p,
 	if (has_connection(skb, p, BPF_F_CURRENT_NETNS))
 		return loop(r, self, REASON_TO_PROXY_ESTABLISHED);
 	if (side == DNS) {
+		socket = p->socket;
 		turn_to_listener(p, self);
-		if (has_connection(skb, p, BPF_F_CURRENT_NETNS))
+		connected = has_connection(skb, p, BPF_F_CURRENT_NETNS);
+		p->socket = socket;
+		if (connected)
 			return to_resolver(r, p, self, REASON_TO_PROXY_ESTABLISHED);
 	}
 	if (is_direct(r->ifindex, &p->tuple))
@@ -462,6 +466,11 @@ int inpod_egress(struct __sk_buff *skb)
 		return pass(&r, REASON_PASS_LINK_LOCAL);
 	if (trusted)
 		return pass(&r, REASON_PASS_PROXY_OWN);
+	/* The RST by which inpod_ingress refuses; nobody's socket sends it. */
+	if (skb->mark == mark_bypass && p.flags & TCP_RST && carries_nothing(&p) && !skb->sk) {
+		skb->mark = 0;
+		return pass(&r, REASON_PASS_BYPASS);
+	}
 	return inpod_outbound(&r, &p, self);
 }
 

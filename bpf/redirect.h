@@ -100,7 +100,8 @@ enum reason {
 	REASON_DROP_VLAN_TAGGED = 72,
 	REASON_DROP_FORGED_SIGN = 73,
 	REASON_DROP_FRAGMENT = 74,         /* later fragment of a TCP segment whose first one was not seen or not let pass */
-	REASON_DROP_UNJUDGED = 75,         /* TCP from an in-pod contract's pod that its own program did not let go */
+	REASON_RESET_NO_LISTENER = 75,     /* as DROP_NO_LISTENER, and the sender was told by a RST */
+	REASON_DROP_UNJUDGED = 76,         /* TCP from an in-pod contract's pod that its own program did not let go */
 	REASON_MAX = 96,
 };
 

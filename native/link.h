@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "fd.h"
+
 namespace ambient {
 
 struct Link {
@@ -42,6 +44,11 @@ struct Ipv4Setting {
 extern const Ipv4Setting ACCEPT_LOCAL, ROUTE_LOCALNET;
 bool ipv4_setting(int netns, uint32_t ifindex, const Ipv4Setting &setting);
 void set_ipv4_setting(int netns, uint32_t ifindex, const Ipv4Setting &setting, bool on);
+
+// A socket that becomes readable when a link of this namespace, or its qdiscs or filters, have come, gone or changed.
+Fd open_link_events();
+// Their indexes since the last call, each once; nullopt: some were lost, anything may have changed.
+std::optional<std::vector<uint32_t>> read_link_events(int socket);
 
 std::string mac_text(const uint8_t mac[6]);
 

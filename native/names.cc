@@ -53,6 +53,7 @@ const Name REASONS[] = {
     {"drop_vlan_tagged", REASON_DROP_VLAN_TAGGED},
     {"drop_forged_sign", REASON_DROP_FORGED_SIGN},
     {"drop_fragment", REASON_DROP_FRAGMENT},
+    {"reset_no_listener", REASON_RESET_NO_LISTENER},
     {"drop_unjudged", REASON_DROP_UNJUDGED},
     {nullptr, 0},
 };

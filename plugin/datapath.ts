@@ -4,7 +4,7 @@
 // GC or the next ADD. A failure undoes every step in reverse.
 
 import { readFileSync } from 'node:fs';
-import { hex, linkDirectory, linkPin, programPin } from './attachments.ts';
+import { hex, linkDirectory, linkPin, programPin, sameKey } from './attachments.ts';
 import { formatAddress } from './cni/address.ts';
 import { CniError, Code, type ErrorCode, quote } from './cni/errors.ts';
 import { assertSteering, interfaceIdOfKey, isStubbed } from './in-pod.ts';
@@ -68,11 +68,17 @@ export interface Target {
   egressLimited: boolean;
   /** annotation: inbound traffic is not redirected */
   bypassInbound: boolean;
+  /** the flags and exclusions of the record and the maps stay, whatever the configuration says */
+  asRecorded?: boolean;
 }
+
+/** What kind of kernel object differs. */
+export type FindingKind = 'interface' | 'program' | 'link' | 'map' | 'rule' | 'route' | 'sysctl';
 
 /** What of an attachment is not as it should be. */
 export interface Finding {
   code: ErrorCode;
+  kind: FindingKind;
   object: string;
   expected: string;
   found: string;
@@ -113,9 +119,9 @@ export function attach(native: Native, config: RedirectConfig, target: Target): 
     const id = facts.host?.ifindex ?? interfaceIdOfKey(native, state, target.key);
     const previous = sameAttachment(native, config, state, target, facts);
     if (previous === null) removeOld(native, config, state, target, id);
-    else keepNature(native, plan, previous);
+    else keepNature(native, target, plan, previous);
     // What the record says is put back by DEL, so it is written before the change.
-    const ownFlags = settingFlags(native, config, target, netns, facts, previous);
+    const ownFlags = settingFlags(native, config, target, netns, facts, plan, previous);
     const tproxy = target.role === 'proxy' && needsTproxy(native, state);
     const tproxyFlag = tproxy ? (native.flags.INTERFACE_TPROXY ?? 0) : 0;
     const attachment: Attachment = {
@@ -160,11 +166,13 @@ function settingFlags(
   target: Target,
   netns: number,
   { pod }: HostFacts,
+  plan: AttachPlan,
   previous: AttachmentRecord | null,
 ): number {
+  const dns = (plan.flags & (native.flags.INTERFACE_DNS ?? 0)) !== 0;
   let flags = 0;
   for (const { bit, read, needed } of interfaceSettings(native)) {
-    if (needed(target.role, config.proxy.contract, config.dnsCapture)) {
+    if (needed(target.role, config.proxy.contract, dns)) {
       const before = (previous?.flags ?? 0) & bit;
       flags |= before !== 0 || !read(netns, pod.ifindex) ? bit : 0;
     }
@@ -259,8 +267,8 @@ function sameAttachment(
   const old = native.getAttachment(state, target.key);
   const same =
     old !== null &&
-    target.role === 'pod' &&
-    old.role === 'pod' &&
+    old.role === target.role &&
+    old.state !== 'recorded' &&
     old.contract === config.proxy.contract &&
     old.hostIfindex === (facts.host?.ifindex ?? 0) &&
     old.hostMac === (facts.host?.mac ?? NO_MAC) &&
@@ -272,11 +280,13 @@ function sameAttachment(
   return same ? old : null;
 }
 
-/** Whether flows can be older than the enrolment is not changed by enrolling again. */
-function keepNature(native: Native, plan: AttachPlan, previous: AttachmentRecord): void {
+/** Whether flows can be older than the enrolment is not changed by enrolling again; a repair changes nothing at all. */
+function keepNature(native: Native, target: Target, plan: AttachPlan, previous: AttachmentRecord): void {
+  if (target.role === 'proxy') return;
   const strict = native.flags.INTERFACE_STRICT ?? 0;
-  plan.flags = (plan.flags & ~strict) | (previous.flags & strict);
-  if (plan.interface !== null) plan.interface.flags = plan.flags;
+  const kept = target.asRecorded === true ? ~0 : strict;
+  plan.flags = (plan.flags & ~kept) | (previous.flags & kept);
+  if (plan.interface !== null) plan.interface.flags = plan.flags & ~recordedOnly(native);
 }
 
 /** What an earlier ADD of this key, or of a pod whose host-side index this one has now, left. */
@@ -326,7 +336,7 @@ function putRecord(
 }
 
 function fillMaps(attachment: Attachment): void {
-  const { native, config, state, facts, id, plan, undo } = attachment;
+  const { native, config, state, target, facts, id, plan, undo } = attachment;
   try {
     if (attachment.previous === null) {
       native.putDirectFlows(state, id, config.directFlowsPerPod, true);
@@ -335,7 +345,9 @@ function fillMaps(attachment: Attachment): void {
       native.putDirectFlows(state, id, config.directFlowsPerPod, false);
       undo.push(keepEntries(attachment, attachment.previous));
     }
-    if (plan.exclusions.length > 0) {
+    if (target.asRecorded === true && attachment.previous !== null) {
+      // Those that are in the map stay.
+    } else if (plan.exclusions.length > 0) {
       undo.push(() => native.deleteExclusions(state, id));
       native.putExclusions(state, id, plan.exclusions);
     } else {
@@ -472,19 +484,24 @@ function keepStub(attachment: Attachment, hook: PlannedHook): boolean {
   return true;
 }
 
-/** Not there where the kernel has no such programs (before 5.9) or a variant goes without: ensurePrograms loaded the rest. */
+/** Not there where the kernel has no such programs (before 5.10) or a variant goes without: ensurePrograms loaded the rest. */
 function attachLookup(attachment: Attachment, hook: PlannedHook): void {
-  const { native, config, record, netns, target, undo } = attachment;
+  const { native, config, record, netns, target, facts, undo } = attachment;
   const step = `attach ${hook.program} to ${record.netnsPath}`;
   if (keepStub(attachment, hook)) return;
   let program: number | undefined;
   try {
     program = openHookProgram(attachment, hook);
     const pin = linkPin(config.stateDir, target.key, hook.program);
-    // Its pin may have been left by a link that is dead.
-    if (attachment.previous !== null) native.detachLink(pin);
-    noteHook(attachment, { ...hookRecord(hook, native.programInfo(program).id), kind: 'netns' });
+    const programId = native.programInfo(program).id;
+    noteHook(attachment, { ...hookRecord(hook, programId), kind: 'netns' });
     makeLinkDirectory(attachment);
+    const link = attachment.previous === null ? null : native.linkInfo(pin);
+    if (link?.netnsIno === facts.netns.ino) {
+      if (link.programId !== programId) native.updateLink(pin, program);
+      return;
+    }
+    if (link !== null) native.detachLink(pin);
     native.attachLookup(netns, program, pin);
     undo.push(() => native.detachLink(pin));
   } catch (error) {
@@ -641,10 +658,10 @@ function routing(config: RedirectConfig): { rules: Rule[]; routes: LocalRoute[] 
 function addRouting({ native, config, netns, undo, target, facts, record, previous }: Attachment): void {
   const { rules, routes } = routing(config);
   try {
-    const before = previous?.flags ?? 0;
-    for (const { bit, set } of interfaceSettings(native)) {
+    for (const { bit, read, set } of interfaceSettings(native)) {
       const wanted = (record.flags & bit) !== 0;
-      if (wanted === ((before & bit) !== 0)) continue;
+      if (!wanted && ((previous?.flags ?? 0) & bit) === 0) continue;
+      if (read(netns, facts.pod.ifindex) === wanted) continue;
       undo.push(() => set(netns, facts.pod.ifindex, !wanted));
       set(netns, facts.pod.ifindex, wanted);
     }
@@ -666,7 +683,8 @@ function addRouting({ native, config, netns, undo, target, facts, record, previo
   }
 }
 
-function announceProxy({ native, config, state, target, facts, id, undo }: Attachment): void {
+function announceProxy(attachment: Attachment): void {
+  const { native, config, state, target, facts, id, undo } = attachment;
   const proxy: ProxyRecord = {
     key: target.key,
     netnsCookie: facts.netns.cookie,
@@ -678,6 +696,9 @@ function announceProxy({ native, config, state, target, facts, id, undo }: Attac
     mac: facts.pod.mac,
     ports: config.proxy.ports,
   };
+  // A repair does not make it the newest.
+  if (attachment.previous !== null && native.getProxies(state).proxies.some(({ key }) => sameKey(key, target.key)))
+    return;
   // Pushed first: when the write itself fails half-way, the list is still put right.
   undo.push(() => forgetCounters(native, state, id));
   undo.push(() => removeProxy(native, state, config.runDir, target.key));
@@ -764,6 +785,11 @@ function interfaceSettings(native: Native): InterfaceSetting[] {
       needed: (_role, contract, dnsCapture) => contract === 'in-pod' && dnsCapture,
     },
   ];
+}
+
+/** Flags of a record that its entries in the maps do not have. */
+function recordedOnly(native: Native): number {
+  return interfaceSettings(native).reduce((bits, { bit }) => bits | bit, native.flags.INTERFACE_TPROXY ?? 0);
 }
 
 function leaveNetns(native: Native, state: State, netns: number, key: AttachmentKey, record: AttachmentRecord): void {
@@ -903,13 +929,25 @@ export function verify(
   if (record.hostIfindex === 0) {
     if (!isThere(native, record)) {
       const object = `interface ${record.ifname} (ifindex ${record.podIfindex}) in ${record.netnsPath}`;
-      findings.push({ code: Code.SANDBOX_NOT_FOUND, object, expected: 'the recorded one', found: 'no such link' });
+      findings.push({
+        code: Code.SANDBOX_NOT_FOUND,
+        kind: 'interface',
+        object,
+        expected: 'the recorded one',
+        found: 'no such link',
+      });
       return findings;
     }
   } else if (host === null || host.peerIfindex !== record.podIfindex) {
     const object = `host-side interface ${record.hostIfname} (ifindex ${record.hostIfindex})`;
     const found = host === null ? 'no such link' : `${host.name} with peer ${host.peerIfindex}`;
-    findings.push({ code: Code.SANDBOX_NOT_FOUND, object, expected: `peer ${record.podIfindex}`, found });
+    findings.push({
+      code: Code.SANDBOX_NOT_FOUND,
+      kind: 'interface',
+      object,
+      expected: `peer ${record.podIfindex}`,
+      found,
+    });
     return findings;
   }
   for (const hook of record.hooks) verifyHook(native, dirs, key, record, hook, findings);
@@ -941,18 +979,19 @@ function verifyHook(
       : `${hook.direction} of ${hook.inNetns ? record.ifname : record.hostIfname} (ifindex ${hook.ifindex})`;
   const object = `${hook.program} on ${place}`;
   const expected = `program ${hook.programId} by ${hook.kind}`;
-  const missing = (found: string) => findings.push({ code: Code.PROGRAM_MISSING, object, expected, found });
+  const missing = (found: string, kind: FindingKind = 'program') =>
+    findings.push({ code: Code.PROGRAM_MISSING, kind, object, expected, found });
   if (hook.kind === 'netns') {
     const link = native.linkInfo(linkPin(dirs.stateDir, key, hook.program));
-    if (link === null) missing('no pinned link');
-    else if (link.netnsIno !== record.netns.ino) missing('a link whose namespace is gone');
+    if (link === null) missing('no pinned link', 'link');
+    else if (link.netnsIno !== record.netns.ino) missing('a link whose namespace is gone', 'link');
     else if (link.programId !== hook.programId) missing(`program ${link.programId}`);
     return;
   }
   if (hook.kind === 'tcx') {
     const link = native.linkInfo(linkPin(dirs.stateDir, key, hook.program));
-    if (link === null) missing('no pinned link');
-    else if (link.ifindex !== hook.ifindex) missing('a link whose device is gone');
+    if (link === null) missing('no pinned link', 'link');
+    else if (link.ifindex !== hook.ifindex) missing('a link whose device is gone', 'link');
     else if (link.programId !== hook.programId) missing(`program ${link.programId}`);
     return;
   }
@@ -977,15 +1016,14 @@ function verifyHook(
 function verifyEntries(native: Native, state: State, record: AttachmentRecord, findings: Finding[]): void {
   const entry = native.getInterface(state, record.interfaceId);
   const mismatch = (object: string, expected: string, found: string) =>
-    findings.push({ code: Code.ENTRY_MISMATCH, object, expected, found });
-  if (entry === null)
-    mismatch(`entry of ${record.hostIfname || record.ifname} in interfaces`, `MAC ${record.podMac}`, 'none');
+    findings.push({ code: Code.ENTRY_MISMATCH, kind: 'map', object, expected, found });
+  const name = record.hostIfname || record.ifname;
+  const flags = record.flags & ~recordedOnly(native);
+  if (entry === null) mismatch(`entry of ${name} in interfaces`, `MAC ${record.podMac}`, 'none');
   else if (entry.podMac !== record.podMac) {
-    mismatch(
-      `entry of ${record.hostIfname || record.ifname} in interfaces`,
-      `MAC ${record.podMac}`,
-      `MAC ${entry.podMac}`,
-    );
+    mismatch(`entry of ${name} in interfaces`, `MAC ${record.podMac}`, `MAC ${entry.podMac}`);
+  } else if (entry.flags !== flags) {
+    mismatch(`entry of ${name} in interfaces`, `flags ${flags}`, `flags ${entry.flags}`);
   }
   for (const address of record.addresses) {
     const endpoint = native.getEndpoint(state, address);
@@ -1006,6 +1044,7 @@ function verifyProxy(
   if (!listed) {
     findings.push({
       code: Code.ENTRY_MISMATCH,
+      kind: 'map',
       object: `entry of ${describePod(record)} in proxies`,
       expected: `ifindex ${record.hostIfindex}`,
       found: 'none',
@@ -1015,11 +1054,11 @@ function verifyProxy(
 
 /** Rule, route and settings of a namespace whose proxy gets marked frames; where they go on to, of what is a stub. */
 function verifyNetns(native: Native, state: State, record: AttachmentRecord, findings: Finding[]): void {
-  const mismatch = (object: string, expected: string, found: string) =>
-    findings.push({ code: Code.ENTRY_MISMATCH, object, expected, found });
+  const mismatch = (kind: FindingKind, object: string, expected: string, found: string) =>
+    findings.push({ code: Code.ENTRY_MISMATCH, kind, object, expected, found });
   for (const hook of record.hooks) {
     if (!isStubbed(hook) || native.jumpTarget(state, hook.program) !== 0) continue;
-    mismatch(`${hook.program} in map jump`, 'a program', 'none');
+    mismatch('map', `${hook.program} in map jump`, 'a program', 'none');
   }
   const { tproxy } = native.settings(state).marks;
   inOwnNetns(native, record, (netns) => {
@@ -1028,13 +1067,13 @@ function verifyNetns(native: Native, state: State, record: AttachmentRecord, fin
         .rules(netns, family)
         .some(({ mark, table, protocol }) => mark === tproxy && table === ROUTE_TABLE && protocol === ROUTE_PROTOCOL);
       const route = native.localRoutes(netns, family, ROUTE_TABLE).length > 0;
-      if (rule && route) continue;
       const object = `IPv${family} routing of ${record.role === 'proxy' ? 'signed' : 'looped'} frames in ${record.netnsPath}`;
-      mismatch(object, `rule to table ${ROUTE_TABLE} and its local route`, rule ? 'no route' : 'no rule');
+      if (!rule) mismatch('rule', object, `rule to table ${ROUTE_TABLE}`, 'no rule');
+      if (!route) mismatch('route', object, `local route in table ${ROUTE_TABLE}`, 'no route');
     }
     for (const { name, bit, read } of interfaceSettings(native)) {
       if ((record.flags & bit) === 0 || read(netns, record.podIfindex)) continue;
-      mismatch(`net.ipv4.conf.${record.ifname}.${name} in ${record.netnsPath}`, 'on', 'off');
+      mismatch('sysctl', `net.ipv4.conf.${record.ifname}.${name} in ${record.netnsPath}`, '1', '0');
     }
   });
 }

@@ -39,6 +39,8 @@ export interface TopologyOptions {
 
 export interface PodOptions {
   namespace?: string;
+  /** As the runtime has it, where the pod has one. */
+  uid?: string;
   enroll?: boolean;
   /** Keys for our conflist entry, for this pod's ADD and DEL alone. */
   entry?: Record<string, unknown>;
@@ -144,6 +146,11 @@ export class Topology {
     return namespace;
   }
 
+  /** A process that acts in a namespace of this topology. */
+  endpoint(namespace: Namespace, label: string): Endpoint {
+    return new Endpoint(this.testbed, namespace, label);
+  }
+
   /** A pod's namespace and its endpoint process; not on the network yet. */
   pod(label: string, options: PodOptions = {}): Pod {
     return new Pod(this.testbed, this.namespace(label), label, options);
@@ -197,6 +204,7 @@ export class Topology {
         `K8S_POD_NAMESPACE=${pod.options.namespace ?? 'default'}`,
         `K8S_POD_NAME=${pod.label}`,
         `K8S_POD_INFRA_CONTAINER_ID=${pod.containerId}`,
+        ...(pod.options.uid === undefined ? [] : [`K8S_POD_UID=${pod.options.uid}`]),
       ].join(';'),
     };
   }
