@@ -60,7 +60,7 @@ describe.runIf(missingControlPlane() === undefined)('the role, with kube-apiserv
   async function grant(without?: [string, string]): Promise<void> {
     const rules = role?.rules.map((rule) => ({
       ...rule,
-      verbs: rule.verbs.filter((verb) => rule.resources[0] !== without?.[0] || verb !== without[1]),
+      verbs: rule.verbs.filter((verb) => rule.resources[0] !== without?.[0] || verb !== without?.[1]),
     }));
     await plane.admin.mergePatch(`${ROLES}/ambient-redirect`, {
       rules: rules?.filter(({ verbs }) => verbs.length > 0),

@@ -71,6 +71,7 @@ const ADD_SECONDS = 30;
 /** Failures of a pod before it gets an Event: shorter troubles are nobody's business. */
 const TRIES_BEFORE_EVENT = 4;
 const EVENT_INTERVAL_MS = 300_000;
+const EVENT_RETRY_MS = 15_000;
 /** metadata.uid is a UUID; this is what kubelet makes for a pod from a file. */
 const STATIC_UID = /^[0-9a-f]{32}$/;
 
@@ -513,8 +514,9 @@ export class Enroller {
         count: 1,
       });
     } catch (error) {
-      this.#lastEvent.delete(pod.uid);
-      log('debug', `the event for ${pod.namespace}/${pod.name} is lost: ${(error as Error).message}`);
+      // Tried again, but not with each try of the pod.
+      this.#lastEvent.set(pod.uid, { text, at: at - EVENT_INTERVAL_MS + EVENT_RETRY_MS });
+      log('warn', `the event for ${pod.namespace}/${pod.name} is lost: ${(error as Error).message}`);
     }
   }
 
