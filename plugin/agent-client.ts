@@ -4,6 +4,8 @@
 
 import { join } from 'node:path';
 import { CniError, Code, type ErrorCode, registry } from './cni/errors.ts';
+import type { AttachmentRecord } from './native.ts';
+import type { Directories } from './state.ts';
 
 /** Nobody serves agent.sock, or whoever does gave no answer in time. */
 export class AgentAbsentError extends Error {
@@ -49,6 +51,56 @@ const ANSWER_LIMIT = 256 * 1024;
 
 export function agentSocket(runDir: string): string {
   return join(runDir, 'agent.sock');
+}
+
+/** Of ADD: less than what kubelet gives a whole sandbox. */
+const ATTACH_DEADLINE_MS = 10_000;
+/** Of DEL, which the agent need not hear of: it finds out by itself. */
+const DETACH_DEADLINE_MS = 1_000;
+
+/**
+ * Has the agent tell ztunnel of a pod that is attached and recorded; resolves when ztunnel serves it. Rejects with
+ * CniError: 11 if agent or ztunnel is not there or silent, 107 if ztunnel refused, 108 if the agent did.
+ */
+export async function announceAttachment(dirs: Directories, record: AttachmentRecord): Promise<void> {
+  const { network, containerId, ifname, netnsPath, netns } = record;
+  const body: AttachBody = {
+    network,
+    containerId,
+    ifname,
+    stateDir: dirs.stateDir,
+    netns: { path: netnsPath, dev: `${netns.dev}`, ino: `${netns.ino}`, cookie: `${netns.cookie}` },
+    deadlineMs: ATTACH_DEADLINE_MS,
+  };
+  try {
+    await callAgent(dirs.runDir, 'POST', '/v1/attach', body, ATTACH_DEADLINE_MS);
+  } catch (error) {
+    throw absentError(error);
+  }
+}
+
+/** The pod is detached. Rejects as announceAttachment() does. */
+export async function withdrawAttachment(dirs: Directories, name: AttachmentName): Promise<void> {
+  try {
+    await callAgent(dirs.runDir, 'POST', '/v1/detach', name, DETACH_DEADLINE_MS);
+  } catch (error) {
+    throw absentError(error);
+  }
+}
+
+/** Is this pod in the mesh. Rejects as announceAttachment() does. */
+export async function askAgent(dirs: Directories, pod: DecideBody['pod']): Promise<Decision> {
+  const body: DecideBody = { pod };
+  try {
+    return (await callAgent(dirs.runDir, 'POST', '/v1/decide', body, ATTACH_DEADLINE_MS)) as Decision;
+  } catch (error) {
+    throw absentError(error);
+  }
+}
+
+function absentError(error: unknown): unknown {
+  if (!(error instanceof AgentAbsentError)) return error;
+  return new CniError(Code.TRY_AGAIN_LATER, 'the node agent is not there', error.message, { cause: error });
 }
 
 /** Resolves with the answer's JSON. Rejects with CniError for what the agent refused, with AgentAbsentError. */

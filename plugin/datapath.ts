@@ -435,7 +435,7 @@ function attachHook(attachment: Attachment, hook: PlannedHook): void {
   }
 }
 
-/** Not there where the kernel has no such programs (before 5.9) or a variant goes without: ensurePrograms loaded the rest. */
+/** Not there where the kernel has no such programs (before 5.10) or a variant goes without: ensurePrograms loaded the rest. */
 function attachLookup(attachment: Attachment, hook: PlannedHook): void {
   const { native, config, record, netns, target, facts, undo } = attachment;
   const step = `attach ${hook.program} to ${record.netnsPath}`;

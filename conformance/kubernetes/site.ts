@@ -4,6 +4,7 @@
 // sandbox by the chain of plugins, and its status is reported. The agent runs in the node's network namespace and
 // reaches the API server through a Front there.
 
+import { randomUUID } from 'node:crypto';
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { request } from 'node:http';
 import { join } from 'node:path';
@@ -112,8 +113,12 @@ export class Site {
   }
 
   /** A ztunnel's pod, which becomes the node's proxy. */
-  proxy(name: string): Promise<SitePod> {
-    return this.createPod({ namespace: 'istio-system', name, serviceAccount: 'ztunnel' });
+  proxy(name: string, options: PodOptions = {}): Promise<SitePod> {
+    const owner = { apiVersion: 'apps/v1', kind: 'DaemonSet', name: 'ztunnel', uid: randomUUID(), controller: true };
+    return this.createPod(
+      { namespace: 'istio-system', name, serviceAccount: 'ztunnel', ownerReferences: [owner] },
+      options,
+    );
   }
 
   /** Lines of the agent's log, parsed. */

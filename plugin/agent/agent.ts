@@ -8,6 +8,7 @@
 //   before start() returns in any case.
 // - `agent.enrol(pod)`, `agent.unenrol(pod)`: for pods that run already and that the plugin has recorded at their ADD.
 //   enrol() resolves when ztunnel has acknowledged the pod (contract "in-pod") or its programs are attached ("shared").
+// - `agent.announce(record)`, `agent.withdraw(record)`: for those who attach and detach by themselves.
 // - `agent.events`: "enrolled" when that has happened, by whatever way (ADD, enrol(), a reconciliation), "unenrolled"
 //   when a pod has left. Truth about a pod for annotations is told here and nowhere else.
 // - `agent.registry`: the pods of the contract "in-pod" as ztunnel is to know them. It follows the attachments in the
@@ -74,6 +75,9 @@ interface Recorded {
 
 /** Of agent.sock when the plugin names none, and of what the agent begins by itself. */
 const DEADLINE_MS = 10_000;
+
+/** How long DEL waits for ztunnel's answer. */
+const DEL_WAIT_MS = 500;
 
 /** Another agent runs with this runDir. */
 export class AgentRunsError extends Error {
@@ -185,11 +189,39 @@ export class Agent {
     await this.#tell(key, record, body.deadlineMs);
   }
 
-  /** POST /v1/detach: the plugin has detached. */
+  /** POST /v1/detach: the plugin has detached. Does not wait long for ztunnel. */
   async detached(body: AttachmentName): Promise<void> {
     const key = attachmentKey(this.native, body.network, body.containerId, body.ifname);
     removePending(this.settings.runDir, key);
-    await this.#leave(hex(key));
+    const { promise, resolve } = Promise.withResolvers<void>();
+    const timer = setTimeout(resolve, DEL_WAIT_MS);
+    await Promise.race([this.#leave(hex(key)), promise]).finally(() => clearTimeout(timer));
+  }
+
+  /**
+   * For those who attach in this process: tells ztunnel of an attachment that is recorded as "attached", or in the
+   * shared contract nobody. "pending": ztunnel does not serve it yet, which a reconciliation will see to. Throws CniError
+   * 108 for a pod that it can never serve as it is recorded.
+   */
+  async announce(record: AttachmentRecord): Promise<'acknowledged' | 'pending'> {
+    if (record.contract === 'shared') return 'acknowledged';
+    const key = attachmentKey(this.native, record.network, record.containerId, record.ifname);
+    const uid = await this.#register(key, record);
+    try {
+      await this.#zds?.add(uid, { waitMs: 0, deadlineMs: DEADLINE_MS });
+    } catch (error) {
+      if (!(error instanceof ZdsError)) throw error;
+      if (error.reason === 'unfit') throw cniErrorOf(error, describePod(record));
+      return 'pending';
+    }
+    if (this.#zds === undefined) return 'pending';
+    this.#announce(uid);
+    return 'acknowledged';
+  }
+
+  /** The other way, when the programs are gone. */
+  async withdraw(record: Pick<AttachmentRecord, 'network' | 'containerId' | 'ifname'>): Promise<void> {
+    await this.#leave(hex(attachmentKey(this.native, record.network, record.containerId, record.ifname)));
   }
 
   /** POST /v1/decide: is this pod in the mesh. Throws CniError 108 if nobody knows it. */

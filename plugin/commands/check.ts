@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // CHECK: SPEC section "CHECK". Compares what ADD made with what is there; changes and repairs nothing.
 
+import { attachmentKey } from '../attachments.ts';
 import { formatAddress } from '../cni/address.ts';
 import type { Request } from '../cni/dispatch.ts';
 import { CniError, Code } from '../cni/errors.ts';
@@ -16,7 +17,9 @@ export function check(native: Native, request: Request): void {
   const netns = openSandbox(native, request.netns);
   try {
     if (!request.netnsOverride) assertOtherNetns(native, netns, request.netns);
-    const decision = decide(native, request, netns, config);
+    // Never depends on the agent: what it answered at ADD is what is recorded.
+    const answer = config.enrollment === 'agent' ? isRecordedInMesh(native, request, config) : undefined;
+    const decision = decide(native, request, netns, config, answer);
     if (native.linkByName(netns, request.ifname) === null) {
       const details = `there is none in ${request.netns}`;
       throw new CniError(Code.SANDBOX_NOT_FOUND, `interface ${request.ifname} not found`, details);
@@ -35,6 +38,16 @@ export function check(native: Native, request: Request): void {
     throw stepError(Code.STATE_FAILED, `check ${request.ifname} in ${request.netns}`, error);
   } finally {
     native.close(netns);
+  }
+}
+
+function isRecordedInMesh(native: Native, { conf, containerId, ifname }: Request, config: RedirectConfig): boolean {
+  const state = openState(native, config.stateDir);
+  if (state === null) return false;
+  try {
+    return native.getAttachment(state, attachmentKey(native, conf.name, containerId, ifname))?.role === 'pod';
+  } finally {
+    native.closeState(state);
   }
 }
 

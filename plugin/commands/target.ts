@@ -39,16 +39,7 @@ export function decide(
   const { conf, ifname } = request;
   const annotations = podAnnotations(conf.runtimeConfig);
   const pod = podIdentity(request.args);
-  const enrolment = settle(
-    config,
-    decideEnrolment(config, {
-      pod,
-      ifname,
-      annotations,
-      annotationsDeclared: declaresCapability(conf, ANNOTATIONS_CAPABILITY),
-      ...(agentAnswer !== undefined && { agentAnswer }),
-    }),
-  );
+  const enrolment = settle(config, enrolmentOf(request, config, agentAnswer));
   const { role, reason } = enrolment;
   const wishes = role === 'pod' ? trafficAnnotations(annotations, config.podOverrides) : undefined;
   const { addresses } = selectPodInterface(conf.prevResult ?? { cniVersion: conf.cniVersion }, ifname, (sandbox) =>
@@ -77,6 +68,17 @@ export function decide(
       bypassInbound: wishes?.bypassInbound ?? false,
     },
   };
+}
+
+/** Role "undecided": only the agent can say. Throws CniError 7. */
+export function enrolmentOf(request: Request, config: RedirectConfig, agentAnswer?: boolean): Enrolment {
+  return decideEnrolment(config, {
+    pod: podIdentity(request.args),
+    ifname: request.ifname,
+    annotations: podAnnotations(request.conf.runtimeConfig),
+    annotationsDeclared: declaresCapability(request.conf, ANNOTATIONS_CAPABILITY),
+    ...(agentAnswer !== undefined && { agentAnswer }),
+  });
 }
 
 /** The node's settings with what the pod asks for itself. Throws CniError 7. */
