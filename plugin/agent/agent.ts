@@ -27,7 +27,7 @@ import { attachmentKey, hex } from '../attachments.ts';
 import { settingsOf } from '../cli/directories.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import { decide as decideTarget } from '../commands/target.ts';
-import { attach, describePod, detach, isDead, sweepDead, type Target, verify } from '../datapath.ts';
+import { attach, describePod, detach, type Finding, isDead, sweepDead, type Target, verify } from '../datapath.ts';
 import { beginDrain, isDraining, tryEndDrains } from '../drain.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.ts';
 import { countPending, listPending, type PendingPod, removePending } from '../pending.ts';
@@ -256,7 +256,6 @@ export class Agent {
   /** Puts the pod into the registry and waits for ztunnel's Ack; takes it out again on failure. Throws CniError. */
   async #tell(key: AttachmentKey, record: AttachmentRecord, deadlineMs: number): Promise<void> {
     const id = hex(key);
-    const known = this.registry.uidOf(id) !== undefined;
     const uid = await this.#register(key, record);
     const zds = this.#zds;
     if (zds === undefined) throw this.#noZtunnel();
@@ -264,7 +263,8 @@ export class Agent {
       await zds.add(uid, { waitMs: this.settings.ztunnelWaitSeconds * 1_000, deadlineMs });
     } catch (error) {
       if (!(error instanceof ZdsError)) throw error;
-      if (!known) await this.#leave(id);
+      // One that was served stays: it is for a reconciliation to get it back.
+      if (!this.#acknowledged.has(uid)) await this.#leave(id);
       throw cniErrorOf(error, describePod(record));
     }
     // The plugin may have given up meanwhile, and undone what it did.
@@ -421,7 +421,13 @@ export class Agent {
   }
 
   #verify(key: AttachmentKey, record: AttachmentRecord): void {
-    const findings = this.#withState((state) => verify(this.native, state, this.#directories(), key, record)) ?? [];
+    let findings: Finding[] = [];
+    try {
+      findings = this.#withState((state) => verify(this.native, state, this.#directories(), key, record)) ?? [];
+    } catch (error) {
+      // One pod that cannot be looked at is no reason not to look at the others.
+      this.log.error({ pod: describePod(record), error: messageOf(error) }, 'an attachment could not be verified');
+    }
     for (const { object, expected, found } of findings) {
       this.metrics.drift.inc({ kind: 'kernel' });
       this.log.error({ pod: describePod(record), object, expected, found }, 'the kernel is not as recorded');
