@@ -59,8 +59,11 @@ function npmLicence(root, name) {
   const sources = STATED_IN_SOURCES[name];
   if (sources) return sources.map((source) => firstComment(join(directory, source))).join('\n\n');
   const [file] = globSync(join(directory, '{LICENSE,LICENCE,License}*'));
-  if (!file) throw new Error(`npm package ${name} has no licence file`);
-  return read(file);
+  if (file) return read(file);
+  // Some packages name their licence only; of this one the text is ours too.
+  const { license, author } = JSON.parse(read(join(directory, 'package.json')));
+  if (license !== 'Apache-2.0') throw new Error(`npm package ${name} has no licence file`);
+  return `By ${author}, under Apache-2.0.\n\n${read(join(root, 'LICENSE'))}`;
 }
 
 function firstComment(file) {

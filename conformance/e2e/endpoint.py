@@ -19,6 +19,8 @@ import sys
 import threading
 import time
 
+import streams
+
 SOLICIT = {socket.AF_INET: (8, 0), socket.AF_INET6: (128, 129)}
 out_lock = threading.Lock()
 connections = {}
@@ -233,6 +235,15 @@ def abort(connection):
     channel = connections.pop(connection)
     channel.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     channel.close()
+    return {}
+
+
+def keepalive(connection, idle=1):
+    """Probes of an idle connection, every second."""
+    channel = connections[connection]
+    channel.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+    channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
     return {}
 
 
@@ -525,7 +536,7 @@ def dns(questions, sourcePort=0, transport="udp", timeout=2000, checksum=True):
 
 OPERATIONS = {
     f.__name__: f
-    for f in (listen, seen, connect, exchange, send, finish, request, close, abort, many, ping, frame, offload, udp_serve, udp, dns, segments, lone_fragment)
+    for f in (listen, seen, connect, exchange, send, finish, request, close, abort, many, ping, frame, offload, udp_serve, udp, dns, segments, lone_fragment, keepalive, *streams.OPERATIONS)
 }
 
 

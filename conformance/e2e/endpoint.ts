@@ -56,6 +56,31 @@ export interface RawClient {
 /** What a server accepted: [source address, source port, address that was asked for]. */
 export type Accepted = [source: string, sourcePort: number, address: string];
 
+/** One byte stream in each direction at the same time: random bytes by `seed` from the server, by `seed` + 1 towards it. */
+export interface StreamOptions {
+  bytes: number;
+  seed: number;
+  /** Bytes of one write; default 65,536. */
+  write?: number;
+  /** Who half-closes first; default the client. The server's FIN comes before the client's first byte. */
+  first?: 'client' | 'server';
+  sourcePort?: number;
+  /** Milliseconds; default 20,000. */
+  timeout?: number;
+}
+
+/** SHA-256 of what the client sent, got, and should have got. */
+export interface StreamOutcome {
+  localPort: number;
+  sent: string;
+  got: string;
+  expected: string;
+  bytes: number;
+  /** ECN was negotiated; a packet that said so came. */
+  ecn: boolean;
+  ect: boolean;
+}
+
 type Answer = { id: number; result?: unknown; error?: string };
 
 export class Endpoint {
@@ -155,6 +180,39 @@ export class Endpoint {
     timeout: number,
   ): Promise<{ answered: number; failures: Record<string, number>; sources: string[] }> {
     return this.#call('many', { address, port, count, timeout });
+  }
+
+  /** Serves streams on all addresses of both families. */
+  async serveStreams(port: number): Promise<void> {
+    await this.#call('stream_serve', { port });
+  }
+
+  stream(address: string, port: number, options: StreamOptions): Promise<StreamOutcome> {
+    return this.#call('stream', { address, port, ...options });
+  }
+
+  /** What serveStreams() got on the stream with that seed; waits for its end. `end`: FIN or an errno's name. */
+  streamResult(port: number, seed: number): Promise<{ bytes: number; sha256: string; end: string }> {
+    return this.#call('stream_result', { port, seed });
+  }
+
+  /** `count` streams, all open before one of them goes on; their seeds are seed, seed + 2, ... */
+  streams(
+    address: string,
+    port: number,
+    options: { count: number; bytes: number; seed: number; timeout: number },
+  ): Promise<{ open: number; right: number; failures: Record<string, number>; sent: string }> {
+    return this.#call('streams', { address, port, ...options });
+  }
+
+  /** The digest of what serveStreams() got on them, to compare with `sent`. */
+  async streamResults(port: number, seed: number, count: number): Promise<string> {
+    return (await this.#call<{ got: string }>('stream_results', { port, seed, count })).got;
+  }
+
+  /** Has the kernel probe an idle connection every second. */
+  async keepalive(connection: Connection): Promise<void> {
+    await this.#call('keepalive', { connection: connection.connection });
   }
 
   async ping(address: string, size = 16): Promise<void> {

@@ -21,7 +21,7 @@ const configuration = `
 global
   log stdout format raw daemon
   nbthread 1
-  maxconn 8000
+  maxconn 9500
 defaults
   mode tcp
   log global

@@ -146,6 +146,11 @@ export class Topology {
     return namespace;
   }
 
+  /** A process that acts in a namespace of this topology. */
+  endpoint(namespace: Namespace, label: string): Endpoint {
+    return new Endpoint(this.testbed, namespace, label);
+  }
+
   /** A pod's namespace and its endpoint process; not on the network yet. */
   pod(label: string, options: PodOptions = {}): Pod {
     return new Pod(this.testbed, this.namespace(label), label, options);

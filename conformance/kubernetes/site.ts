@@ -50,11 +50,18 @@ export class Site {
     }
   }
 
-  startAgent(entry: Record<string, unknown> = {}): Running {
+  startAgent({
+    entry = {},
+    reconcileMs = 30_000,
+  }: {
+    entry?: Record<string, unknown>;
+    reconcileMs?: number;
+  } = {}): Running {
     const { topology, front, plane } = this;
     const settings = {
       network: 'pods',
       nodeName: this.nodeName,
+      reconcileMs,
       access: { server: front.url, caFile: plane.caFile, tokenFile: this.tokenFile },
       entry: {
         type: 'ambient-redirect',
@@ -84,6 +91,23 @@ export class Site {
     if (plugin) await topology.addOurs(sandbox);
     await plane.setPodStatus(spec.namespace, spec.name, 'Running', [sandbox.addresses[4], sandbox.addresses[6]]);
     return { uid, namespace: spec.namespace, name: spec.name, sandbox };
+  }
+
+  /** A ztunnel's pod, which becomes the node's proxy. */
+  proxy(name: string): Promise<SitePod> {
+    return this.createPod({ namespace: 'istio-system', name, serviceAccount: 'ztunnel' });
+  }
+
+  /** Lines of the agent's log, parsed. */
+  log(): Record<string, unknown>[] {
+    const lines = (this.agent?.output ?? '').split('\n').filter((line) => line.startsWith('{'));
+    return lines.flatMap((line) => {
+      try {
+        return [JSON.parse(line) as Record<string, unknown>];
+      } catch {
+        return [];
+      }
+    });
   }
 
   /** What the API says about the pod's redirection. */

@@ -62,12 +62,14 @@ function checkState(native: Native, config: RedirectConfig, state: State, netns:
   const findings: Finding[] = [];
   if (record.state === 'attaching') {
     const object = `record of ${describePod(record)}`;
-    findings.push({ code: Code.ENTRY_MISMATCH, object, expected: 'attached', found: 'attaching: an ADD was killed' });
+    const found = 'attaching: an ADD was killed';
+    findings.push({ code: Code.ENTRY_MISMATCH, kind: 'map', object, expected: 'attached', found });
   }
   const identity = native.netnsIdentity(netns);
   if (identity.dev !== record.netns.dev || identity.ino !== record.netns.ino) {
     findings.push({
       code: Code.SANDBOX_NOT_FOUND,
+      kind: 'interface',
       object: `network namespace ${target.netnsPath}`,
       expected: `net:[${record.netns.ino}]`,
       found: `net:[${identity.ino}]`,
@@ -91,6 +93,7 @@ function missingAddresses(record: AttachmentRecord, { target }: Decision): Findi
       : [
           {
             code: Code.ENTRY_MISMATCH,
+            kind: 'map' as const,
             object: `address ${address} of prevResult`,
             expected: 'recorded for this attachment',
             found: `${[...recorded].join(', ') || 'none'}`,

@@ -253,9 +253,10 @@ export class Enroller {
     for (const [uid, pod] of this.#byUid) if (pod.namespace === name) this.queue.add(uid);
   }
 
-  /** After a list: records of pods that it does not name. They went while nobody watched, or before this process. */
+  /** After a list: every pod, and records of pods that it does not name. They went while nobody watched. */
   #compare(): void {
     if (!this.pods.synced || !this.namespaces.synced) return;
+    this.lookAtAll();
     const known = new Set([...this.#byUid.values()].flatMap(identitiesOf));
     for (const { record } of this.#records.all()) {
       if (record.podUid === '' || known.has(record.podUid) || this.#gone.has(record.podUid)) continue;
