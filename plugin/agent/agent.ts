@@ -263,7 +263,6 @@ export class Agent {
   /** Puts the pod into the registry and waits for ztunnel's Ack; takes it out again on failure. Throws CniError. */
   async #tell(key: AttachmentKey, record: AttachmentRecord, deadlineMs: number): Promise<void> {
     const id = hex(key);
-    const known = this.registry.uidOf(id) !== undefined;
     const uid = await this.#register(key, record);
     const zds = this.#zds;
     if (zds === undefined) throw this.#noZtunnel();
@@ -271,7 +270,8 @@ export class Agent {
       await zds.add(uid, { waitMs: this.settings.ztunnelWaitSeconds * 1_000, deadlineMs });
     } catch (error) {
       if (!(error instanceof ZdsError)) throw error;
-      if (!known) await this.#leave(id);
+      // One that was served stays: it is for a reconciliation to get it back.
+      if (!this.#acknowledged.has(uid)) await this.#leave(id);
       throw cniErrorOf(error, describePod(record));
     }
     // The plugin may have given up meanwhile, and undone what it did.

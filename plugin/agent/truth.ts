@@ -139,7 +139,12 @@ export class Truth {
         await new Promise(setImmediate);
         slice = performance.now();
       }
-      if (this.#findings(state, recorded, direct).length > 0) suspects.push(recorded);
+      try {
+        if (this.#findings(state, recorded, direct).length > 0) suspects.push(recorded);
+      } catch (error) {
+        // One pod that cannot be looked at is no reason not to look at the others.
+        this.#options.onUnrepaired(recorded.record, error as Error);
+      }
     }
     return suspects;
   }
