@@ -3,6 +3,8 @@
 
 import { type Command, InvalidArgumentError, Option } from 'commander';
 import { DEFAULT_RUN_DIR, DEFAULT_STATE_DIR } from '../redirect/config.ts';
+import type { EnablementSelector } from '../redirect/selectors.ts';
+import { MESH_SETTINGS, readSettings, settingOptions } from '../settings.ts';
 
 export const AGENT_LOG_LEVELS = ['error', 'warn', 'info', 'debug', 'trace'] as const;
 export type AgentLogLevel = (typeof AGENT_LOG_LEVELS)[number];
@@ -22,10 +24,12 @@ export interface AgentSettings {
   healthPort: number;
   logLevel: AgentLogLevel;
   nodeName: string;
-  /** '': where a pod finds it, or none */
-  kubeApi: string;
-  kubeCaFile: string;
-  kubeTokenFile: string;
+  /** not given: where a pod finds it, or none */
+  kubeApi?: string;
+  kubeCaFile?: string;
+  kubeTokenFile?: string;
+  /** as text; not given: Istio's label */
+  enablementSelectors?: string;
   /** how often state, kernel and ztunnel are compared */
   reconcileSeconds: number;
   /** how long an attach waits for a ztunnel to connect */
@@ -107,20 +111,17 @@ export const AGENT_SETTINGS: readonly SettingShape[] = [
   {
     flags: '--kube-api <url>',
     env: 'AMBIENT_REDIRECT_KUBE_API',
-    description: 'the Kubernetes API server; empty: as pods reach it (KUBERNETES_SERVICE_HOST), else none',
-    default: '',
+    description: 'the Kubernetes API server; not given: as pods reach it (KUBERNETES_SERVICE_HOST), else none',
   },
   {
     flags: '--kube-ca-file <file>',
     env: 'KUBE_CA_FILE',
-    description: "PEM of the API server's CA; empty: the service account's, or the system's with --kube-api",
-    default: '',
+    description: "PEM of the API server's CA; not given: the service account's, or the system's with --kube-api",
   },
   {
     flags: '--kube-token-file <file>',
     env: 'AMBIENT_REDIRECT_KUBE_TOKEN_FILE',
-    description: "bearer token, read for each request; empty: the service account's",
-    default: '',
+    description: "bearer token, read for each request; not given: the service account's",
   },
   {
     flags: '--reconcile-seconds <seconds>',
@@ -138,6 +139,13 @@ export const AGENT_SETTINGS: readonly SettingShape[] = [
   },
 ];
 
+const SELECTORS = { enablementSelectors: MESH_SETTINGS.enablementSelectors };
+
+/** Throws Error that names the variable. */
+export function enablementSelectorsOf(settings: AgentSettings): readonly EnablementSelector[] | undefined {
+  return readSettings(SELECTORS, { ...settings }).enablementSelectors;
+}
+
 /** Adds the options; commander puts flag before environment before default. */
 export function addAgentOptions(command: Command): Command {
   for (const { flags, env, description, default: preset, parse, choices } of AGENT_SETTINGS) {
@@ -147,6 +155,7 @@ export function addAgentOptions(command: Command): Command {
     else if (parse !== undefined) option.argParser(parse);
     command.addOption(option);
   }
+  for (const option of settingOptions(SELECTORS)) command.addOption(option);
   return command;
 }
 

@@ -6,7 +6,7 @@ import { settingsOf } from '../../cli/directories.ts';
 import { CniError, Code } from '../../cni/errors.ts';
 import { ensurePrograms, ensureState } from '../../state.ts';
 import type { Agent } from '../agent.ts';
-import type { AgentSettings } from '../settings.ts';
+import { type AgentSettings, enablementSelectorsOf } from '../settings.ts';
 import { Api, type ClusterAccess } from './api.ts';
 import { Enroller } from './enroller.ts';
 import { ProcessSandboxes } from './sandboxes.ts';
@@ -23,14 +23,12 @@ export function clusterAccess(
 ): ClusterAccess | undefined {
   const host = env.KUBERNETES_SERVICE_HOST ?? '';
   const port = env.KUBERNETES_SERVICE_PORT ?? '443';
-  if (kubeApi !== '') {
-    return { server: kubeApi, caFile: kubeCaFile || undefined, tokenFile: kubeTokenFile || undefined };
-  }
+  if (kubeApi !== undefined) return { server: kubeApi, caFile: kubeCaFile, tokenFile: kubeTokenFile };
   if (host === '') return undefined;
   return {
     server: `https://${host.includes(':') ? `[${host}]` : host}:${port}`,
-    caFile: kubeCaFile || `${ACCOUNT}/ca.crt`,
-    tokenFile: kubeTokenFile || `${ACCOUNT}/token`,
+    caFile: kubeCaFile ?? `${ACCOUNT}/ca.crt`,
+    tokenFile: kubeTokenFile ?? `${ACCOUNT}/token`,
   };
 }
 
@@ -46,6 +44,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
     throw new Error('--node-name (NODE_NAME) is needed: the API server is asked for the pods of one node');
   }
   const { stateDir, runDir, conf } = settings;
+  const enablementSelectors = enablementSelectorsOf(settings);
   const { config, network } = settingsOf({ stateDir, runDir, ...(conf !== undefined && { conf }) });
   const state = ensureState(native, config);
   // Here, so that the first pod need not wait for the verifier.
@@ -60,6 +59,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   const enroller = new Enroller({
     native,
     config,
+    enablementSelectors,
     network,
     state,
     api,
