@@ -58,13 +58,7 @@ export const DIRECTORY_SETTINGS = {
     'pinned state',
     directory,
   ),
-  runDir: setting(
-    '--run-dir <directory>',
-    ['CNI_AGENT_RUN_DIR'],
-    DEFAULT_RUN_DIR,
-    'locks, agent.sock',
-    directory,
-  ),
+  runDir: setting('--run-dir <directory>', ['CNI_AGENT_RUN_DIR'], DEFAULT_RUN_DIR, 'locks, agent.sock', directory),
   cniNetDir: setting(
     '--cni-net-dir <directory>',
     ['MOUNTED_CNI_NET_DIR', 'CNI_NET_DIR'],

@@ -22,6 +22,10 @@ export interface AgentSettings {
   healthPort: number;
   logLevel: AgentLogLevel;
   nodeName: string;
+  /** '': where a pod finds it, or none */
+  kubeApi: string;
+  kubeCaFile: string;
+  kubeTokenFile: string;
   /** how often state, kernel and ztunnel are compared */
   reconcileSeconds: number;
   /** how long an attach waits for a ztunnel to connect */
@@ -94,7 +98,30 @@ export const AGENT_SETTINGS: readonly SettingShape[] = [
     default: 'info',
     choices: AGENT_LOG_LEVELS,
   },
-  { flags: '--node-name <name>', env: 'NODE_NAME', description: 'in every log line', default: '' },
+  {
+    flags: '--node-name <name>',
+    env: 'NODE_NAME',
+    description: "the node's name in Kubernetes, and in every log line",
+    default: '',
+  },
+  {
+    flags: '--kube-api <url>',
+    env: 'AMBIENT_REDIRECT_KUBE_API',
+    description: 'the Kubernetes API server; empty: as pods reach it (KUBERNETES_SERVICE_HOST), else none',
+    default: '',
+  },
+  {
+    flags: '--kube-ca-file <file>',
+    env: 'KUBE_CA_FILE',
+    description: "PEM of the API server's CA; empty: the service account's, or the system's with --kube-api",
+    default: '',
+  },
+  {
+    flags: '--kube-token-file <file>',
+    env: 'AMBIENT_REDIRECT_KUBE_TOKEN_FILE',
+    description: "bearer token, read for each request; empty: the service account's",
+    default: '',
+  },
   {
     flags: '--reconcile-seconds <seconds>',
     env: 'AMBIENT_REDIRECT_RECONCILE_SECONDS',
