@@ -41,6 +41,8 @@ export interface TopologyOptions {
 
 export interface PodOptions {
   namespace?: string;
+  /** As the runtime has it, where the pod has one. */
+  uid?: string;
   enroll?: boolean;
   /** Keys for our conflist entry, for this pod's ADD and DEL alone. */
   entry?: Record<string, unknown>;
@@ -205,6 +207,7 @@ export class Topology {
         `K8S_POD_NAMESPACE=${pod.options.namespace ?? 'default'}`,
         `K8S_POD_NAME=${pod.label}`,
         `K8S_POD_INFRA_CONTAINER_ID=${pod.containerId}`,
+        ...(pod.options.uid === undefined ? [] : [`K8S_POD_UID=${pod.options.uid}`]),
       ].join(';'),
     };
   }
