@@ -79,7 +79,7 @@ test.each([
   ['AMBIENT_REDIRECT_MAX_PODS', '4k', 'It must be a number.'],
   ['REDIRECT_MODE', 'iptables', 'It must be ebpf.'],
   ['AMBIENT_ENABLEMENT_SELECTOR', 'a: 1', 'invalid enablementSelectors = {"a":1}: expected a list'],
-  ['AMBIENT_ENABLEMENT_SELECTOR', '[', 'Flow sequence in block collection'],
+  ['AMBIENT_ENABLEMENT_SELECTOR', '[', 'Flow sequence must end with a ]'],
 ])('%s=%s is named', (variable, text, reason) => {
   expect(() => readSettings(tables, {}, { [variable]: text })).toThrow(`${variable}=${text}: ${reason}`);
 });
