@@ -6,7 +6,7 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Command, CommanderError, InvalidArgumentError, Option } from 'commander';
 import { loadNative } from './addon.ts';
-import { type AgentSettings, addAgentOptions } from './agent/settings.ts';
+import { AGENT_SETTINGS } from './agent/settings.ts';
 import { agent } from './cli/agent.ts';
 import { counters } from './cli/counters.ts';
 import { demo } from './cli/demo.ts';
@@ -155,11 +155,11 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
     finish(await uninstallCommand(terminal, readSettings(UNINSTALL_SETTINGS, options)));
   });
 
-  addAgentOptions(command(program, 'agent', 'the node agent: speaks to ztunnel (ZDS) and to the plugin')).action(
-    async (options: AgentSettings) => {
-      finish(await agent(loadNative(), options));
-    },
-  );
+  const agentCommand = command(program, 'agent', 'the node agent: speaks to ztunnel (ZDS) and to the plugin');
+  for (const option of settingOptions(AGENT_SETTINGS)) agentCommand.addOption(option);
+  agentCommand.action(async (options: Record<string, unknown>) => {
+    finish(await agent(loadNative(), readSettings(AGENT_SETTINGS, options)));
+  });
 
   const demoCommand = command(program, 'demo', 'the whole thing in throw-away namespaces, with a proxy of its own')
     .addOption(

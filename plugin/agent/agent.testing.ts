@@ -30,6 +30,8 @@ export class AgentSite {
     this.settings = {
       stateDir,
       runDir,
+      conf: undefined,
+      workloads: undefined,
       zdsSocket: join(base, 'zds', 'ztunnel.sock'),
       address: '127.0.0.1',
       monitoringPort: 0,
