@@ -21,6 +21,7 @@ import { processTerminal, type Terminal } from './cli/terminal.ts';
 import { trace } from './cli/trace.ts';
 import { type UnenrollOptions, unenroll } from './cli/unenroll.ts';
 import { CniError, Code } from './cni/errors.ts';
+import { runZtunnel, type ZtunnelProcessOptions } from './demo/ztunnel-process.ts';
 import { parseCidr, parsePortRange } from './redirect/config.ts';
 import { INSTALL_SETTINGS, readSettings, type SettingTable, settingOptions, UNINSTALL_SETTINGS } from './settings.ts';
 
@@ -160,6 +161,17 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
   agentCommand.action(async (options: Record<string, unknown>) => {
     finish(await agent(loadNative(), readSettings(AGENT_SETTINGS, options)));
   });
+
+  program
+    .command('stand-in-ztunnel', { hidden: true })
+    .description('ztunnel of the demo as a process, for tests')
+    .requiredOption('--socket <path>')
+    .requiredOption('--xds <file>')
+    .option('--misbehaviour <json>')
+    .option('--drain-ms <ms>')
+    .action(async (options: ZtunnelProcessOptions) => {
+      finish(await runZtunnel(loadNative(), terminal, options));
+    });
 
   const demoCommand = command(program, 'demo', 'the whole thing in throw-away namespaces, with a proxy of its own')
     .addOption(
