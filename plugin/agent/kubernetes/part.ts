@@ -6,7 +6,7 @@ import { settingsOf } from '../../cli/directories.ts';
 import { CniError, Code } from '../../cni/errors.ts';
 import { ensurePrograms, ensureState } from '../../state.ts';
 import type { Agent } from '../agent.ts';
-import { type AgentSettings, enablementSelectorsOf } from '../settings.ts';
+import type { AgentSettings } from '../settings.ts';
 import { Api, type ClusterAccess } from './api.ts';
 import { Enroller } from './enroller.ts';
 import { ProcessSandboxes } from './sandboxes.ts';
@@ -43,8 +43,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   if (settings.nodeName === '') {
     throw new Error('--node-name (NODE_NAME) is needed: the API server is asked for the pods of one node');
   }
-  const { stateDir, runDir, conf } = settings;
-  const enablementSelectors = enablementSelectorsOf(settings);
+  const { stateDir, runDir, conf, enablementSelectors } = settings;
   const { config, network } = settingsOf({ stateDir, runDir, ...(conf !== undefined && { conf }) });
   const state = ensureState(native, config);
   // Here, so that the first pod need not wait for the verifier.
