@@ -18,6 +18,7 @@
  * "Not ours" is TC_ACT_UNSPEC: the next program and the next filter get their turn. TC_ACT_OK would end the chain.
  */
 #include <linux/bpf.h>
+#include <linux/errno.h>
 #include <linux/pkt_cls.h>
 #include <stddef.h>
 #include <bpf/bpf_endian.h>
@@ -803,6 +804,14 @@ int proxy_guard(struct __sk_buff *skb)
 	return drop(&r, REASON_DROP_FORGED_SIGN);
 }
 
+/* For proxy_lookup, which TCP asks for a listener where none was assigned. */
+static __always_inline long name_listener(const struct listener_key *key, struct bpf_sock *sk, const struct tuple *tuple)
+{
+	if (bpf_map_update_elem(&listeners, key, sk, BPF_ANY))
+		return -1;
+	return bpf_map_update_elem(&reused, tuple, key, BPF_ANY);
+}
+
 SEC("tc")
 int proxy_ingress(struct __sk_buff *skb)
 {
@@ -816,6 +825,7 @@ int proxy_ingress(struct __sk_buff *skb)
 	__u16 port = 0;
 	__u8 mac[6];
 	int i, j;
+	long failed;
 
 	if (!signed_source(skb, &meaning))
 		return PASS;
@@ -853,33 +863,37 @@ int proxy_ingress(struct __sk_buff *skb)
 	sk = find_listener(skb, p.family, BPF_F_CURRENT_NETNS, port);
 	if (!sk)
 		return drop(&r, REASON_DROP_NO_LISTENER);
+	key.port = port;
+	key.family = p.family;
 	/*
 	 * A listener assigned to a SYN whose tuple is in TIME_WAIT makes the request socket collide with it, and the SYN
 	 * vanishes for a minute. Unassigned, TCP's own lookup finds the TIME_WAIT socket, takes the SYN for its reuse and
 	 * asks for a listener of that port, which proxy_lookup then names.
 	 */
 	if (use_sk_assign && is_syn(&p) && socket_state(skb, &p, BPF_F_CURRENT_NETNS) == BPF_TCP_TIME_WAIT) {
-		key.port = port;
-		key.family = p.family;
-		if (use_sk_lookup && !bpf_map_update_elem(&listeners, &key, sk, BPF_ANY))
-			bpf_map_update_elem(&reused, &p.tuple, &key, BPF_ANY);
+		if (use_sk_lookup)
+			name_listener(&key, sk, &p.tuple);
 		bpf_sk_release(sk);
 		return pass(&r, REASON_PROXY_TIME_WAIT);
 	}
-	if (use_sk_assign) {
-		i = bpf_sk_assign(skb, sk, 0);
-		bpf_sk_release(sk);
-		if (i)
-			return drop(&r, REASON_DROP_REDIRECT_FAILED);
-	} else {
-		bpf_sk_release(sk);
-		/* TPROXY rules of this namespace give it to the listener with this port, and recycle TIME_WAIT themselves. */
-		skb->priority = port;
+	failed = use_sk_assign ? bpf_sk_assign(skb, sk, 0) : -ESOCKTNOSUPPORT;
+	/* Before 6.6 a listener with SO_REUSEPORT is refused. */
+	if (failed == -ESOCKTNOSUPPORT) {
+		if (use_sk_lookup) {
+			failed = name_listener(&key, sk, &p.tuple);
+		} else {
+			/* TPROXY rules of this namespace give it to the listener with this port, and recycle TIME_WAIT. */
+			skb->priority = port;
+			failed = 0;
+		}
 	}
+	bpf_sk_release(sk);
+	if (failed)
+		return drop(&r, REASON_DROP_REDIRECT_FAILED);
 	return pass(&r, REASON_PROXY_ASSIGNED);
 }
 
-/* Names the listener for a SYN that proxy_ingress could not assign. */
+/* Names the listener for a packet that proxy_ingress could not assign it to. */
 SEC("sk_lookup")
 int proxy_lookup(struct bpf_sk_lookup *context)
 {

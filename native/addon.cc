@@ -930,6 +930,14 @@ Napi::Value receiveDatagram(const Info &info) {
   return object;
 }
 
+Napi::Value openLinkEvents(const Info &info) { return number(info, open_link_events().release()); }
+
+Napi::Value readLinkEvents(const Info &info) {
+  auto found = read_link_events(to_fd(info[0], "socket"));
+  if (!found) return info.Env().Null();
+  return array_of(info.Env(), *found, [&](uint32_t ifindex) { return number(info, ifindex); });
+}
+
 Napi::Value watchReadable(const Info &info) {
   int fd = to_fd(info[0], "fd");
   if (!info[1].IsFunction()) wrong_argument("onReadable", "a function");
@@ -1075,6 +1083,8 @@ const Export FUNCTIONS[] = {
     EXPORT(peerCredentials),
     EXPORT(sendDatagram),
     EXPORT(receiveDatagram),
+    EXPORT(openLinkEvents),
+    EXPORT(readLinkEvents),
     EXPORT(watchReadable),
     EXPORT(sha256),
     EXPORT(features),

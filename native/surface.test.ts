@@ -371,6 +371,8 @@ const functions: Record<
     ['fds', fdList],
   ],
   receiveDatagram: [['socket', fd]],
+  openLinkEvents: [],
+  readLinkEvents: [['socket', fd]],
   watchReadable: [
     ['fd', fd],
     ['onReadable', callback],
@@ -612,6 +614,7 @@ describe('a descriptor that is not open is EBADF', () => {
     peerCredentials: () => native.peerCredentials(CLOSED),
     sendDatagram: () => native.sendDatagram(CLOSED, bytes(1), []),
     receiveDatagram: () => native.receiveDatagram(CLOSED),
+    readLinkEvents: () => native.readLinkEvents(CLOSED),
     watchReadable: () => native.watchReadable(CLOSED, () => {}),
   };
   const here = currentNetns();

@@ -506,6 +506,10 @@ export interface Native {
   sendDatagram(socket: number, bytes: Uint8Array, fds: readonly number[]): boolean;
   /** "nothing": there is none now; "closed": there will be none any more */
   receiveDatagram(socket: number): Datagram | 'nothing' | 'closed';
+  /** Readable when links of the process's namespace, their qdiscs or filters have come, gone or changed. Release with close(). */
+  openLinkEvents(): number;
+  /** Indexes of those links since the last call, each once; null: some were lost (ENOBUFS), anything may have changed. */
+  readLinkEvents(socket: number): number[] | null;
   /**
    * Calls `onReadable` while there is something to read, or the end, until the returned function is called, which has to
    * be before close(fd). Keeps the process alive. EEXIST: watched already; EPERM: not that kind of descriptor

@@ -51,7 +51,7 @@ describe('variants', () => {
       const { native } = node;
       const { state, directory, tag } = new Datapath(node, new Set(), names, 'all');
       expect(native.settings(state).variant).not.toBe(0);
-      const without = names.some((name) => ['NO_SK_LOOKUP', 'FULL_SOCKETS_ONLY'].includes(name))
+      const without = names.some((name) => ['NO_SK_LOOKUP', 'NO_SK_ASSIGN', 'FULL_SOCKETS_ONLY'].includes(name))
         ? ['proxy_lookup']
         : [];
       for (const program of Object.keys(native.programs).filter((name) => !without.includes(name))) {
