@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Command } from 'commander';
 import { afterAll, describe, expect, test } from 'vitest';
+import { AGENT_SETTINGS } from './agent/settings.ts';
 import { entryOptions } from './cli/install.ts';
 import {
   CONFLIST_SETTINGS,
@@ -25,6 +26,22 @@ const tables = { ...INSTALL_SETTINGS, ...UNINSTALL_SETTINGS, ...MESH_SETTINGS };
 test('each setting is called as its flag', () => {
   const attributes = settingOptions(tables).map((option) => option.attributeName());
   expect(attributes).toEqual(Object.keys(tables));
+});
+
+test('what the agent has too is called and preset the same there', () => {
+  const shared = Object.values(tables).flatMap(({ flag, environment, fallback = '' }) => {
+    const other = AGENT_SETTINGS.find(({ flags }) => flags.split(' ')[0] === flag.split(' ')[0]);
+    return other === undefined ? [] : [[flag, environment[0], fallback, other.env, String(other.default ?? '')]];
+  });
+  expect(shared.map(([flag]) => flag?.split(' ')[0])).toEqual([
+    ...['--state-dir', '--run-dir', '--conf', '--log-level'],
+    ...['--node-name', '--kube-api', '--kube-ca-file', '--kube-token-file'],
+  ]);
+  for (const [flag, variable, fallback, otherVariable, otherFallback] of shared) {
+    expect([flag, variable]).toEqual([flag, otherVariable]);
+    // The entry's level is of the plugin.
+    if (flag !== '--log-level <level>') expect([flag, fallback]).toEqual([flag, otherFallback]);
+  }
 });
 
 test('no variable belongs to two settings', () => {
@@ -96,7 +113,7 @@ test('--help has flag, variables and default of each', () => {
   for (const { flag, environment, fallback } of Object.values(tables)) {
     const line = help.split('\n').find((text) => text.includes(flag)) ?? '';
     for (const variable of environment) expect(line).toContain(`$${variable}`);
-    if (fallback !== undefined) expect(line).toContain(`default: ${fallback}`);
+    if (fallback) expect(line).toContain(`default: ${fallback}`);
   }
 });
 

@@ -3,11 +3,12 @@
 
 import { type Command, InvalidArgumentError, Option } from 'commander';
 import { DEFAULT_RUN_DIR, DEFAULT_STATE_DIR } from '../redirect/config.ts';
+import { MESH_SETTINGS, type Values } from '../settings.ts';
 
 export const AGENT_LOG_LEVELS = ['error', 'warn', 'info', 'debug', 'trace'] as const;
 export type AgentLogLevel = (typeof AGENT_LOG_LEVELS)[number];
 
-export interface AgentSettings {
+export interface AgentSettings extends Partial<Values<typeof MESH_SETTINGS>> {
   stateDir: string;
   runDir: string;
   /** conflist, or our entry alone: settings of pods that the agent enrols by itself */
@@ -138,9 +139,20 @@ export const AGENT_SETTINGS: readonly SettingShape[] = [
   },
 ];
 
+/** Those that are in plugin/settings.ts. */
+const SHARED: readonly SettingShape[] = Object.values(MESH_SETTINGS).map(
+  ({ flag, environment, fallback, meaning, parse }) => ({
+    flags: flag,
+    env: environment[0] ?? '',
+    description: meaning,
+    ...(fallback !== undefined && { default: fallback }),
+    parse,
+  }),
+);
+
 /** Adds the options; commander puts flag before environment before default. */
 export function addAgentOptions(command: Command): Command {
-  for (const { flags, env, description, default: preset, parse, choices } of AGENT_SETTINGS) {
+  for (const { flags, env, description, default: preset, parse, choices } of [...AGENT_SETTINGS, ...SHARED]) {
     const option = new Option(flags, description).env(env);
     if (preset !== undefined) option.default(preset, preset === '' ? 'empty' : undefined);
     if (choices !== undefined) option.choices([...choices]);

@@ -11,9 +11,11 @@ import { attachmentKey } from '../../attachments.ts';
 import { withWishes } from '../../commands/target.ts';
 import { attach, describePod, detachRecord, isDead, type Target, verify } from '../../datapath.ts';
 import { beginDrain, endDrain, isDraining, proxiedConnections } from '../../drain.ts';
+import { isUninstalled } from '../../install/entry.ts';
 import type { AttachmentRecord, Native, State } from '../../native.ts';
 import { trafficAnnotations } from '../../redirect/annotations.ts';
 import type { RedirectConfig } from '../../redirect/config.ts';
+import type { DecisionConfig } from '../../redirect/enrolment.ts';
 import { type Api, ApiError } from './api.ts';
 import { enrolmentOf } from './enrolment.ts';
 import { Mirror } from './mirror.ts';
@@ -38,7 +40,7 @@ export type LogLine = (
 
 export interface EnrollerOptions {
   native: Native;
-  config: RedirectConfig;
+  config: RedirectConfig & Pick<DecisionConfig, 'enablementSelectors'>;
   /** name of the network in the conflist: part of an attachment's key */
   network: string;
   state: State;
@@ -294,7 +296,10 @@ export class Enroller {
     const interfaces = attachments.length > 0 ? attachments.map(({ record }) => record.ifname) : [INTERFACE];
     let enrolled = 0;
     for (const [i, ifname] of interfaces.entries()) {
-      const { role, reason } = enrolmentOf(config, pod, namespace, ifname);
+      // The annotation goes with the rest; uninstall itself may not be able to reach the API.
+      const { role, reason } = isUninstalled(config.runDir)
+        ? { role: 'none' as const, reason: 'uninstall was run on this node' }
+        : enrolmentOf(config, pod, namespace, ifname);
       const attachment = attachments[i];
       if (role === 'none') {
         if (attachment?.record.role === 'pod') await this.#leave(pod, attachment, reason);

@@ -36,6 +36,8 @@ export function clusterAccess(
 
 export interface KubernetesPart {
   start(): void;
+  /** Every pod again: something that decides about all of them has changed. */
+  look(): void;
   stop(): Promise<void>;
 }
 
@@ -59,7 +61,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   });
   const enroller = new Enroller({
     native,
-    config,
+    config: { ...config, enablementSelectors: settings.enablementSelectors },
     network,
     state,
     api,
@@ -94,6 +96,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   addMetrics(agent, enroller);
   return {
     start: () => enroller.start(),
+    look: () => enroller.lookAtAll(),
     stop: async () => {
       await enroller.stop();
       api.close();
