@@ -1004,10 +1004,10 @@ function verifyProxy(
 // ---- records ---------------------------------------------------------------------------------------------------------
 
 const NO_MAC = '00:00:00:00:00:00';
-/** MAX_ADDRESSES of bpf/redirect.h. */
 /** More of one pod's are E2BIG too, which has nothing to do with the number of pods. */
 const MAX_EXCLUSIONS = 4096;
 
+/** MAX_ADDRESSES of bpf/redirect.h. */
 const MAX_ADDRESSES = 16;
 
 function newRecord(
