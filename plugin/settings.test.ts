@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Command } from 'commander';
 import { afterAll, describe, expect, test } from 'vitest';
+import { AGENT_SETTINGS } from './agent/settings.ts';
 import { entryOptions } from './cli/install.ts';
 import {
   CONFLIST_SETTINGS,
@@ -25,6 +26,23 @@ const tables = { ...INSTALL_SETTINGS, ...UNINSTALL_SETTINGS, ...MESH_SETTINGS };
 test('each setting is called as its flag', () => {
   const attributes = settingOptions(tables).map((option) => option.attributeName());
   expect(attributes).toEqual(Object.keys(tables));
+});
+
+test('what the agent has too is called and preset the same there', () => {
+  const shared = Object.values(tables).flatMap((setting) => {
+    const other = Object.values(AGENT_SETTINGS).find(({ flag }) => flag.split(' ')[0] === setting.flag.split(' ')[0]);
+    return other === undefined ? [] : [{ setting, other }];
+  });
+  expect(shared.map(({ setting }) => setting.flag.split(' ')[0])).toEqual([
+    ...['--state-dir', '--run-dir', '--conf', '--log-level', '--node-name', '--kube-api', '--kube-ca-file'],
+    ...['--kube-token-file', '--enablement-selectors', '--redirect-mode', '--ambient-config-dir'],
+  ]);
+  for (const { setting, other } of shared) {
+    expect([other.flag, other.environment]).toEqual([setting.flag, setting.environment]);
+    // The entry's level is of the plugin.
+    if (other.flag !== '--log-level <level>')
+      expect([other.flag, other.fallback]).toEqual([other.flag, setting.fallback]);
+  }
 });
 
 test('no variable belongs to two settings', () => {
@@ -96,7 +114,7 @@ test('--help has flag, variables and default of each', () => {
   for (const { flag, environment, fallback } of Object.values(tables)) {
     const line = help.split('\n').find((text) => text.includes(flag)) ?? '';
     for (const variable of environment) expect(line).toContain(`$${variable}`);
-    if (fallback !== undefined) expect(line).toContain(`default: ${fallback}`);
+    if (fallback) expect(line).toContain(`default: ${fallback}`);
   }
 });
 

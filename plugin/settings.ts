@@ -214,8 +214,35 @@ export const INSTALL_SETTINGS = {
   ),
 } as const satisfies SettingTable;
 
+/** How to reach the API server. */
+export const KUBERNETES_SETTINGS = {
+  nodeName: setting('--node-name <name>', ['NODE_NAME'], '', "the node's name in Kubernetes", String),
+  kubeApi: setting(
+    '--kube-api <url>',
+    ['AMBIENT_REDIRECT_KUBE_API'],
+    '',
+    'the Kubernetes API server; empty: as pods reach it (KUBERNETES_SERVICE_HOST), else none',
+    String,
+  ),
+  kubeCaFile: setting(
+    '--kube-ca-file <file>',
+    ['KUBE_CA_FILE'],
+    '',
+    "PEM of the API server's CA; empty: the service account's",
+    String,
+  ),
+  kubeTokenFile: setting(
+    '--kube-token-file <file>',
+    ['AMBIENT_REDIRECT_KUBE_TOKEN_FILE'],
+    '',
+    "bearer token; empty: the service account's",
+    String,
+  ),
+} as const satisfies SettingTable;
+
 export const UNINSTALL_SETTINGS = {
   ...DIRECTORY_SETTINGS,
+  ...KUBERNETES_SETTINGS,
   drainTimeout: setting(
     '--drain-timeout <seconds>',
     ['AMBIENT_REDIRECT_DRAIN_TIMEOUT'],
@@ -265,7 +292,7 @@ export const MESH_SETTINGS = {
 /** An option for each setting, with everything that --help is to say. */
 export function settingOptions(table: SettingTable): Option[] {
   return Object.values(table).map(({ flag, environment, fallback, meaning, parse }) => {
-    const said = [`$${environment.join(', $')}`, ...(fallback === undefined ? [] : [`default: ${fallback}`])];
+    const said = [`$${environment.join(', $')}`, ...(fallback ? [`default: ${fallback}`] : [])];
     return new Option(flag, `${meaning} (${said.join('; ')})`).argParser((text) => {
       parse(text);
       return text;

@@ -5,6 +5,7 @@ import { InvalidArgumentError } from 'commander';
 import {
   DIRECTORY_SETTINGS,
   ENTRY_SETTINGS,
+  KUBERNETES_SETTINGS,
   MESH_SETTINGS,
   type Setting,
   type SettingTable,
@@ -57,35 +58,7 @@ export const AGENT_SETTINGS = {
     'of the JSON lines on stderr: error, warn, info, debug or trace; agent.sock changes it later',
     logLevel,
   ),
-  nodeName: row(
-    '--node-name <name>',
-    'NODE_NAME',
-    '',
-    "the node's name in Kubernetes, in every line of the log",
-    String,
-  ),
-  kubeApi: row(
-    '--kube-api <url>',
-    'AMBIENT_REDIRECT_KUBE_API',
-    undefined,
-    'the Kubernetes API server; without it as pods reach it (KUBERNETES_SERVICE_HOST), else there is none',
-    String,
-  ) as Setting<string | undefined>,
-  kubeCaFile: row(
-    '--kube-ca-file <file>',
-    'KUBE_CA_FILE',
-    undefined,
-    "PEM of its CA; without it the service account's, with --kube-api the system's",
-    String,
-  ) as Setting<string | undefined>,
-  kubeTokenFile: row(
-    '--kube-token-file <file>',
-    'AMBIENT_REDIRECT_KUBE_TOKEN_FILE',
-    undefined,
-    "bearer token, read for each request; without it the service account's, with --kube-api none",
-    String,
-  ) as Setting<string | undefined>,
-  enablementSelectors: MESH_SETTINGS.enablementSelectors,
+  ...KUBERNETES_SETTINGS,
   reconcileSeconds: row(
     '--reconcile-seconds <seconds>',
     'AMBIENT_REDIRECT_RECONCILE_SECONDS',
@@ -100,6 +73,7 @@ export const AGENT_SETTINGS = {
     'how long a pod waits for a ztunnel to connect before it is refused',
     seconds,
   ),
+  ...MESH_SETTINGS,
 } as const satisfies SettingTable;
 
 export type AgentSettings = Values<typeof AGENT_SETTINGS>;

@@ -11,10 +11,11 @@ import { attachmentKey } from '../../attachments.ts';
 import { withWishes } from '../../commands/target.ts';
 import { attach, describePod, detachRecord, isDead, type Target, verify } from '../../datapath.ts';
 import { beginDrain, endDrain, isDraining, proxiedConnections } from '../../drain.ts';
+import { isUninstalled } from '../../install/entry.ts';
 import type { AttachmentRecord, Native, State } from '../../native.ts';
 import { trafficAnnotations } from '../../redirect/annotations.ts';
 import type { RedirectConfig } from '../../redirect/config.ts';
-import type { EnablementSelector } from '../../redirect/selectors.ts';
+import type { DecisionConfig } from '../../redirect/enrolment.ts';
 import { type Api, ApiError } from './api.ts';
 import { enrolmentOf } from './enrolment.ts';
 import { Mirror } from './mirror.ts';
@@ -39,8 +40,7 @@ export type LogLine = (
 
 export interface EnrollerOptions {
   native: Native;
-  config: RedirectConfig;
-  enablementSelectors?: readonly EnablementSelector[] | undefined;
+  config: RedirectConfig & Pick<DecisionConfig, 'enablementSelectors'>;
   /** name of the network in the conflist: part of an attachment's key */
   network: string;
   state: State;
@@ -189,7 +189,7 @@ export class Enroller {
     asked: { namespace: string; name: string; uid: string; ifname: string },
     waitMs = 1_000,
   ): Promise<Answer> {
-    const { api } = this.#options;
+    const { config, api } = this.#options;
     const find = () => {
       const pod = this.pods.get(`${asked.namespace}/${asked.name}`);
       return pod !== undefined && (asked.uid === '' || identitiesOf(pod).includes(asked.uid)) ? pod : undefined;
@@ -219,13 +219,8 @@ export class Enroller {
       const object = await api.get(`/api/v1/namespaces/${pod.namespace}`);
       if (object !== null) namespace = projectNamespace(object);
     }
-    const { role, reason } = this.#decide(pod, namespace, asked.ifname);
+    const { role, reason } = enrolmentOf(config, pod, namespace, asked.ifname);
     return { enrolled: role === 'pod', reason, serviceAccount: pod.serviceAccount };
-  }
-
-  #decide(pod: KubernetesPod, namespace: KubernetesNamespace | undefined, ifname: string) {
-    const { config, enablementSelectors } = this.#options;
-    return enrolmentOf({ ...config, enablementSelectors }, pod, namespace, ifname);
   }
 
   // ---- changes ---------------------------------------------------------------------------------------------------
@@ -299,15 +294,21 @@ export class Enroller {
     }
     const namespace = this.namespaces.get(pod.namespace);
     if (namespace === undefined) throw new NotYet(`namespace ${pod.namespace} is not known yet`);
+    const { config } = this.#options;
     const attachments = this.#records.of(identitiesOf(pod));
     const interfaces = attachments.length > 0 ? attachments.map(({ record }) => record.ifname) : [INTERFACE];
     let enrolled = 0;
     for (const [i, ifname] of interfaces.entries()) {
-      const { role, reason } = this.#decide(pod, namespace, ifname);
+      // The annotation goes with the rest; uninstall itself may not be able to reach the API.
+      const uninstalled = isUninstalled(config.runDir);
+      const { role, reason } = uninstalled
+        ? { role: 'none' as const, reason: 'uninstall was run on this node' }
+        : enrolmentOf(config, pod, namespace, ifname);
       const attachment = attachments[i];
       if (role === 'none') {
         if (attachment?.record.role === 'pod') await this.#leave(pod, attachment, reason);
-        else if (attachment?.record.role === 'proxy') this.#dismiss(attachment, reason);
+        // What drains needs the proxy still.
+        else if (attachment?.record.role === 'proxy' && !uninstalled) this.#dismiss(attachment, reason);
         continue;
       }
       if ((await this.#enter(pod, attachment, ifname, role, reason)) && role === 'pod') enrolled++;

@@ -23,17 +23,21 @@ export function clusterAccess(
 ): ClusterAccess | undefined {
   const host = env.KUBERNETES_SERVICE_HOST ?? '';
   const port = env.KUBERNETES_SERVICE_PORT ?? '443';
-  if (kubeApi !== undefined) return { server: kubeApi, caFile: kubeCaFile, tokenFile: kubeTokenFile };
+  if (kubeApi !== '') {
+    return { server: kubeApi, caFile: kubeCaFile || undefined, tokenFile: kubeTokenFile || undefined };
+  }
   if (host === '') return undefined;
   return {
     server: `https://${host.includes(':') ? `[${host}]` : host}:${port}`,
-    caFile: kubeCaFile ?? `${ACCOUNT}/ca.crt`,
-    tokenFile: kubeTokenFile ?? `${ACCOUNT}/token`,
+    caFile: kubeCaFile || `${ACCOUNT}/ca.crt`,
+    tokenFile: kubeTokenFile || `${ACCOUNT}/token`,
   };
 }
 
 export interface KubernetesPart {
   start(): void;
+  /** Every pod again: something that decides about all of them has changed. */
+  look(): void;
   stop(): Promise<void>;
 }
 
@@ -43,7 +47,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   if (settings.nodeName === '') {
     throw new Error('--node-name (NODE_NAME) is needed: the API server is asked for the pods of one node');
   }
-  const { stateDir, runDir, conf, enablementSelectors } = settings;
+  const { stateDir, runDir, conf } = settings;
   const { config, network } = settingsOf({ stateDir, runDir, ...(conf !== undefined && { conf }) });
   const state = ensureState(native, config);
   // Here, so that the first pod need not wait for the verifier.
@@ -57,8 +61,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   });
   const enroller = new Enroller({
     native,
-    config,
-    enablementSelectors,
+    config: { ...config, enablementSelectors: settings.enablementSelectors },
     network,
     state,
     api,
@@ -93,6 +96,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   addMetrics(agent, enroller);
   return {
     start: () => enroller.start(),
+    look: () => enroller.lookAtAll(),
     stop: async () => {
       await enroller.stop();
       api.close();
