@@ -44,6 +44,7 @@ export class AgentSite {
       kubeApi: '',
       kubeCaFile: '',
       kubeTokenFile: '',
+      criSocket: '',
       reconcileSeconds: 3_600,
       ztunnelWaitSeconds: 0,
     };

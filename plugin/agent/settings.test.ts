@@ -25,6 +25,7 @@ test('defaults, where Istio has them Istio’s', () => {
     kubeApi: '',
     kubeCaFile: '',
     kubeTokenFile: '',
+    criSocket: '',
     enablementSelectors: undefined,
     redirectMode: undefined,
     ambientConfigDir: '/etc/ambient-config',

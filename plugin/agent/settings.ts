@@ -59,6 +59,13 @@ export const AGENT_SETTINGS = {
     logLevel,
   ),
   ...KUBERNETES_SETTINGS,
+  criSocket: row(
+    '--cri-socket <path>',
+    'AMBIENT_REDIRECT_CRI_SOCKET',
+    '',
+    "the container runtime's, to find pods that the plugin has not seen; empty: where containerd and CRI-O have it",
+    String,
+  ),
   reconcileSeconds: row(
     '--reconcile-seconds <seconds>',
     'AMBIENT_REDIRECT_RECONCILE_SECONDS',
