@@ -88,6 +88,9 @@ export function fortioLoad(fortio: string, family: Family, connections: number, 
   };
 }
 
+/** wrk and iperf3 take whole seconds. */
+const whole = (seconds: number) => Math.max(1, Math.round(seconds));
+
 const SUFFIX: Record<string, number> = { '': 1, k: 1e3, M: 1e6, G: 1e9, us: 1, ms: 1e3, s: 1e6, m: 60e6 };
 const BYTES: Record<string, number> = { B: 1, KB: 2 ** 10, MB: 2 ** 20, GB: 2 ** 30 };
 
@@ -121,10 +124,20 @@ export function wrkLoad(family: Family, connections: number, seconds: number): L
     name: `wrk-${connections}-v${family}`,
     title: `wrk, ${connections} connections kept open`,
     family,
-    seconds,
+    seconds: whole(seconds),
     run: async (world) => {
       const { address, port } = world.target(PORTS.http, family);
-      const argv = ['wrk', '-t', '1', '-c', `${connections}`, '-d', `${seconds}s`, '--latency', url(address, port)];
+      const argv = [
+        'wrk',
+        '-t',
+        '1',
+        '-c',
+        `${connections}`,
+        '-d',
+        `${whole(seconds)}s`,
+        '--latency',
+        url(address, port),
+      ];
       return parseWrk(await output(world, argv, seconds), connections);
     },
   };
@@ -153,10 +166,10 @@ export function iperfLoad(family: Family, streams: number, reverse: boolean, sec
     name: `iperf-${streams}${reverse ? '-reverse' : ''}-v${family}`,
     title: `iperf3, ${streams} stream${streams > 1 ? 's' : ''}, ${reverse ? 'server to client' : 'client to server'}`,
     family,
-    seconds,
+    seconds: whole(seconds),
     run: async (world) => {
       const { address, port } = world.target(PORTS.iperf, family);
-      const options = ['--parallel', `${streams}`, '--time', `${seconds}`, ...(reverse ? ['--reverse'] : [])];
+      const options = ['--parallel', `${streams}`, '--time', `${whole(seconds)}`, ...(reverse ? ['--reverse'] : [])];
       const argv = ['iperf3', '--json', '--client', address, '--port', `${port}`, ...options];
       return parseIperf(await output(world, argv, seconds), streams, reverse);
     },
