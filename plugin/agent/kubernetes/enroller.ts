@@ -96,6 +96,8 @@ export class Enroller {
   readonly #runs: Promise<void>[] = [];
   readonly #timers = new Set<NodeJS.Timeout>();
   readonly #waiting = new Set<() => void>();
+  /** by UID: what the pod's annotations asked for when it was attached, or first seen to be */
+  readonly #wishes = new Map<string, string>();
   readonly #lastEvent = new Map<string, { text: string; at: number }>();
   #stopped = false;
 
@@ -235,6 +237,7 @@ export class Enroller {
     if (after === null) {
       if (before === null) return;
       this.#byUid.delete(before.uid);
+      this.#wishes.delete(before.uid);
       this.#gone.set(before.uid, before);
       this.queue.add(before.uid);
       return;
@@ -328,7 +331,13 @@ export class Enroller {
     if (record?.state === 'attaching' && Date.now() / 1000 - record.enrolledAt < ADD_SECONDS) {
       throw new NotYet('an ADD is at work');
     }
-    const attached = record?.state === 'attached' && record.role === role && !isDraining(native, record);
+    const wishes = trafficAnnotations(pod.annotations, config.podOverrides);
+    const text = JSON.stringify(wishes);
+    const attached =
+      record?.state === 'attached' &&
+      record.role === role &&
+      !isDraining(native, record) &&
+      (this.#wishes.get(pod.uid) ?? text) === text;
     if (attached && attachment !== undefined && record !== undefined) {
       const findings = () => verify(native, state, config, attachment.key, attachment.record);
       if (findings().length > 0) await compare(attachment.record);
@@ -337,21 +346,21 @@ export class Enroller {
         throw new Error(`${finding.object}: expected ${finding.expected}, found ${finding.found}`);
       }
     } else {
-      const place = attachment ?? (await this.#find(pod, ifname));
-      if (place === null) return false;
-      const target = this.#target(pod, place, ifname, role);
-      const wishes = trafficAnnotations(pod.annotations, config.podOverrides);
       try {
+        const place = attachment ?? (await this.#find(pod, ifname));
+        if (place === null) return false;
+        const target = this.#target(pod, place, ifname, role);
         record = attach(native, withWishes(config, wishes), { ...target, bypassInbound: wishes.bypassInbound });
+        this.#records.note(target.key, record);
       } catch (error) {
         // What says "enabled" and is not makes every peer of the mesh fail.
         await this.#annotate(pod, null).catch(() => {});
         throw error;
       }
-      this.#records.note(target.key, record);
       this.#count('attached');
       log('info', `attached ${describePod(record)}: ${reason}`, { uid: pod.uid, interface: record.hostIfname });
     }
+    this.#wishes.set(pod.uid, text);
     if (role === 'proxy' || record === undefined) return true;
     const acknowledged = announce === undefined ? 'acknowledged' : await announce(record, pod);
     await this.#annotate(pod, acknowledged === 'acknowledged' ? 'enabled' : 'pending');
