@@ -22,6 +22,12 @@ test('defaults, where Istio has them Istio’s', () => {
     healthPort: 8_000,
     logLevel: 'info',
     nodeName: '',
+    kubeApi: undefined,
+    kubeCaFile: undefined,
+    kubeTokenFile: undefined,
+    enablementSelectors: undefined,
+    redirectMode: undefined,
+    ambientConfigDir: '/etc/ambient-config',
     reconcileSeconds: 30,
     ztunnelWaitSeconds: 2,
   });
