@@ -214,28 +214,31 @@ export const INSTALL_SETTINGS = {
   ),
 } as const satisfies SettingTable;
 
-/** How to reach the API server. */
+/** Which node this is, and how to reach the API server. */
 export const KUBERNETES_SETTINGS = {
-  nodeName: setting('--node-name <name>', ['NODE_NAME'], '', "the node's name in Kubernetes", String),
-  kubeApi: setting(
+  nodeName: setting(
+    '--node-name <name>',
+    ['NODE_NAME'],
+    '',
+    "the node's name in Kubernetes, in every line of the log",
+    String,
+  ),
+  kubeApi: optional(
     '--kube-api <url>',
     ['AMBIENT_REDIRECT_KUBE_API'],
-    '',
-    'the Kubernetes API server; empty: as pods reach it (KUBERNETES_SERVICE_HOST), else none',
+    'the Kubernetes API server; without it as pods reach it (KUBERNETES_SERVICE_HOST), else there is none',
     String,
   ),
-  kubeCaFile: setting(
+  kubeCaFile: optional(
     '--kube-ca-file <file>',
     ['KUBE_CA_FILE'],
-    '',
-    "PEM of the API server's CA; empty: the service account's",
+    "PEM of its CA; without it the service account's, with --kube-api the system's",
     String,
   ),
-  kubeTokenFile: setting(
+  kubeTokenFile: optional(
     '--kube-token-file <file>',
     ['AMBIENT_REDIRECT_KUBE_TOKEN_FILE'],
-    '',
-    "bearer token; empty: the service account's",
+    "bearer token, read for each request; without it the service account's, with --kube-api none",
     String,
   ),
 } as const satisfies SettingTable;

@@ -25,13 +25,16 @@ function steady(text: string): string[] {
     );
 }
 
-describe.runIf(missingControlPlane() === undefined)('walk-through with kube-apiserver and containerd (optional)', () => {
-  test('does what it says, and the README shows it', { timeout: 180_000 }, async () => {
-    const outcome = await exec([process.execPath, join(import.meta.dirname, 'walkthrough.ts')], { timeout: 170_000 });
-    expect(outcome.stderr).toBe('');
-    expect(outcome.status).toBe(0);
-    const readme = readFileSync(join(ROOT, 'README.md'), 'utf8');
-    const shown = /```text\n( 1 {2}etcd and kube-apiserver [\s\S]*?)```/.exec(readme)?.[1] ?? '';
-    expect(steady(shown)).toEqual(steady(outcome.stdout));
-  });
-});
+describe.runIf(missingControlPlane() === undefined)(
+  'walk-through with kube-apiserver and containerd (optional)',
+  () => {
+    test('does what it says, and the README shows it', { timeout: 180_000 }, async () => {
+      const outcome = await exec([process.execPath, join(import.meta.dirname, 'walkthrough.ts')], { timeout: 170_000 });
+      expect(outcome.stderr).toBe('');
+      expect(outcome.status).toBe(0);
+      const readme = readFileSync(join(ROOT, 'README.md'), 'utf8');
+      const shown = /```text\n( 1 {2}etcd and kube-apiserver [\s\S]*?)```/.exec(readme)?.[1] ?? '';
+      expect(steady(shown)).toEqual(steady(outcome.stdout));
+    });
+  },
+);

@@ -191,7 +191,9 @@ async function walk(testbed: Testbed, say: (line: string) => void): Promise<void
     await node.removePod(pod);
     await plane.remove(`/api/v1/namespaces/shop/pods/${pod.config.metadata.name}`, { gracePeriodSeconds: 0 });
   }
-  const rows = JSON.parse(await node.run(['/opt/cni/bin/ambient-redirect', 'pods', '-o', 'json'])) as { name: string }[];
+  const rows = JSON.parse(await node.run(['/opt/cni/bin/ambient-redirect', 'pods', '-o', 'json'])) as {
+    name: string;
+  }[];
   const left = rows.map(({ name }) => name).join(', ');
   if (left !== 'ztunnel-x7k2p') throw new Error(`attachments of ${left} are left`);
   say('the pods are removed; of their attachments nothing is left');

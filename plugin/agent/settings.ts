@@ -62,10 +62,11 @@ export const AGENT_SETTINGS = {
   criSocket: row(
     '--cri-socket <path>',
     'AMBIENT_REDIRECT_CRI_SOCKET',
-    '',
-    "the container runtime's, to find pods that the plugin has not seen; empty: where containerd and CRI-O have it",
+    undefined,
+    "the container runtime's, to find pods that the plugin has not seen; without it where containerd and CRI-O have it",
     String,
-  ),
+  ) as Setting<string | undefined>,
+  ...MESH_SETTINGS,
   reconcileSeconds: row(
     '--reconcile-seconds <seconds>',
     'AMBIENT_REDIRECT_RECONCILE_SECONDS',
@@ -80,7 +81,6 @@ export const AGENT_SETTINGS = {
     'how long a pod waits for a ztunnel to connect before it is refused',
     seconds,
   ),
-  ...MESH_SETTINGS,
 } as const satisfies SettingTable;
 
 export type AgentSettings = Values<typeof AGENT_SETTINGS>;

@@ -15,7 +15,7 @@ import { isUninstalled } from '../../install/entry.ts';
 import type { AttachmentRecord, Native, State } from '../../native.ts';
 import { trafficAnnotations } from '../../redirect/annotations.ts';
 import type { RedirectConfig } from '../../redirect/config.ts';
-import type { DecisionConfig } from '../../redirect/enrolment.ts';
+import type { EnablementSelector } from '../../redirect/selectors.ts';
 import { type Api, ApiError } from './api.ts';
 import { enrolmentOf } from './enrolment.ts';
 import { Mirror } from './mirror.ts';
@@ -40,7 +40,8 @@ export type LogLine = (
 
 export interface EnrollerOptions {
   native: Native;
-  config: RedirectConfig & Pick<DecisionConfig, 'enablementSelectors'>;
+  config: RedirectConfig;
+  enablementSelectors?: readonly EnablementSelector[] | undefined;
   /** name of the network in the conflist: part of an attachment's key */
   network: string;
   state: State;
@@ -189,7 +190,7 @@ export class Enroller {
     asked: { namespace: string; name: string; uid: string; ifname: string },
     waitMs = 1_000,
   ): Promise<Answer> {
-    const { config, api } = this.#options;
+    const { api } = this.#options;
     const find = () => {
       const pod = this.pods.get(`${asked.namespace}/${asked.name}`);
       return pod !== undefined && (asked.uid === '' || identitiesOf(pod).includes(asked.uid)) ? pod : undefined;
@@ -219,8 +220,15 @@ export class Enroller {
       const object = await api.get(`/api/v1/namespaces/${pod.namespace}`);
       if (object !== null) namespace = projectNamespace(object);
     }
-    const { role, reason } = enrolmentOf(config, pod, namespace, asked.ifname);
+    const { role, reason } = this.#decide(pod, namespace, asked.ifname);
     return { enrolled: role === 'pod', reason, serviceAccount: pod.serviceAccount };
+  }
+
+  #decide(pod: KubernetesPod, namespace: KubernetesNamespace | undefined, ifname: string) {
+    const { config, enablementSelectors } = this.#options;
+    // Its annotation goes with the rest: uninstall itself may not be able to reach the API.
+    if (isUninstalled(config.runDir)) return { role: 'none' as const, reason: 'uninstall was run on this node' };
+    return enrolmentOf({ ...config, enablementSelectors }, pod, namespace, ifname);
   }
 
   // ---- changes ---------------------------------------------------------------------------------------------------
@@ -294,21 +302,18 @@ export class Enroller {
     }
     const namespace = this.namespaces.get(pod.namespace);
     if (namespace === undefined) throw new NotYet(`namespace ${pod.namespace} is not known yet`);
-    const { config } = this.#options;
     const attachments = this.#records.of(identitiesOf(pod));
     const interfaces = attachments.length > 0 ? attachments.map(({ record }) => record.ifname) : [INTERFACE];
     let enrolled = 0;
     for (const [i, ifname] of interfaces.entries()) {
-      // The annotation goes with the rest; uninstall itself may not be able to reach the API.
-      const uninstalled = isUninstalled(config.runDir);
-      const { role, reason } = uninstalled
-        ? { role: 'none' as const, reason: 'uninstall was run on this node' }
-        : enrolmentOf(config, pod, namespace, ifname);
+      const { role, reason } = this.#decide(pod, namespace, ifname);
       const attachment = attachments[i];
       if (role === 'none') {
         if (attachment?.record.role === 'pod') await this.#leave(pod, attachment, reason);
         // What drains needs the proxy still.
-        else if (attachment?.record.role === 'proxy' && !uninstalled) this.#dismiss(attachment, reason);
+        else if (attachment?.record.role === 'proxy' && !isUninstalled(this.#options.config.runDir)) {
+          this.#dismiss(attachment, reason);
+        }
         continue;
       }
       if ((await this.#enter(pod, attachment, ifname, role, reason)) && role === 'pod') enrolled++;

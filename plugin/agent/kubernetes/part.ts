@@ -24,22 +24,20 @@ export function clusterAccess(
 ): ClusterAccess | undefined {
   const host = env.KUBERNETES_SERVICE_HOST ?? '';
   const port = env.KUBERNETES_SERVICE_PORT ?? '443';
-  if (kubeApi !== '') {
-    return { server: kubeApi, caFile: kubeCaFile || undefined, tokenFile: kubeTokenFile || undefined };
-  }
+  if (kubeApi !== undefined) return { server: kubeApi, caFile: kubeCaFile, tokenFile: kubeTokenFile };
   if (host === '') return undefined;
   return {
     server: `https://${host.includes(':') ? `[${host}]` : host}:${port}`,
-    caFile: kubeCaFile || `${ACCOUNT}/ca.crt`,
-    tokenFile: kubeTokenFile || `${ACCOUNT}/token`,
+    caFile: kubeCaFile ?? `${ACCOUNT}/ca.crt`,
+    tokenFile: kubeTokenFile ?? `${ACCOUNT}/token`,
   };
 }
 
 /** Where containerd and CRI-O listen; a socket that comes later is seen, too. */
 const CRI_SOCKETS = ['/run/containerd/containerd.sock', '/run/crio/crio.sock'];
 
-function criSockets(setting: string): string[] {
-  return setting === '' ? CRI_SOCKETS : [setting];
+function criSockets(setting: string | undefined): string[] {
+  return setting === undefined ? CRI_SOCKETS : [setting];
 }
 
 export interface KubernetesPart {
@@ -55,7 +53,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   if (settings.nodeName === '') {
     throw new Error('--node-name (NODE_NAME) is needed: the API server is asked for the pods of one node');
   }
-  const { stateDir, runDir, conf } = settings;
+  const { stateDir, runDir, conf, enablementSelectors } = settings;
   const { config, network } = settingsOf({ stateDir, runDir, ...(conf !== undefined && { conf }) });
   const state = ensureState(native, config);
   // Here, so that the first pod need not wait for the verifier.
@@ -69,7 +67,8 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   });
   const enroller = new Enroller({
     native,
-    config: { ...config, enablementSelectors: settings.enablementSelectors },
+    config,
+    enablementSelectors,
     network,
     state,
     api,
