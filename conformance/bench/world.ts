@@ -146,6 +146,8 @@ export class World {
     const { wiring } = this.mode;
     const pods = [client, server, ...(this.proxy ? [this.proxy] : [])];
     await topology.add(...pods);
+    // Linux's default, whatever this machine's is: one that paces (bbr) hides what the path costs.
+    for (const pod of pods) pod.netns.run(['sysctl', '-qw', 'net.ipv4.tcp_congestion_control=cubic']);
     // A proxy that keeps the client's address picks a port for it. Were it the client's own port, conntrack would take two
     // connections for one, and netfilter modes would lose a few of thousands: the proxies' ports are others than the
     // client's (32768 and up), in every mode.
