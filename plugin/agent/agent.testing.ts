@@ -30,6 +30,12 @@ export class AgentSite {
     this.settings = {
       stateDir,
       runDir,
+      conf: undefined,
+      workloads: undefined,
+      kubeApi: undefined,
+      kubeCaFile: undefined,
+      kubeTokenFile: undefined,
+      enablementSelectors: undefined,
       zdsSocket: join(base, 'zds', 'ztunnel.sock'),
       address: '127.0.0.1',
       monitoringPort: 0,

@@ -14,6 +14,7 @@ import { beginDrain, endDrain, isDraining, proxiedConnections } from '../../drai
 import type { AttachmentRecord, Native, State } from '../../native.ts';
 import { trafficAnnotations } from '../../redirect/annotations.ts';
 import type { RedirectConfig } from '../../redirect/config.ts';
+import type { EnablementSelector } from '../../redirect/selectors.ts';
 import { type Api, ApiError } from './api.ts';
 import { enrolmentOf } from './enrolment.ts';
 import { Mirror } from './mirror.ts';
@@ -39,6 +40,7 @@ export type LogLine = (
 export interface EnrollerOptions {
   native: Native;
   config: RedirectConfig;
+  enablementSelectors?: readonly EnablementSelector[] | undefined;
   /** name of the network in the conflist: part of an attachment's key */
   network: string;
   state: State;
@@ -185,7 +187,7 @@ export class Enroller {
     asked: { namespace: string; name: string; uid: string; ifname: string },
     waitMs = 1_000,
   ): Promise<Answer> {
-    const { config, api } = this.#options;
+    const { api } = this.#options;
     const find = () => {
       const pod = this.pods.get(`${asked.namespace}/${asked.name}`);
       return pod !== undefined && (asked.uid === '' || identitiesOf(pod).includes(asked.uid)) ? pod : undefined;
@@ -215,8 +217,13 @@ export class Enroller {
       const object = await api.get(`/api/v1/namespaces/${pod.namespace}`);
       if (object !== null) namespace = projectNamespace(object);
     }
-    const { role, reason } = enrolmentOf(config, pod, namespace, asked.ifname);
+    const { role, reason } = this.#decide(pod, namespace, asked.ifname);
     return { enrolled: role === 'pod', reason, serviceAccount: pod.serviceAccount };
+  }
+
+  #decide(pod: KubernetesPod, namespace: KubernetesNamespace | undefined, ifname: string) {
+    const { config, enablementSelectors } = this.#options;
+    return enrolmentOf({ ...config, enablementSelectors }, pod, namespace, ifname);
   }
 
   // ---- changes ---------------------------------------------------------------------------------------------------
@@ -289,15 +296,15 @@ export class Enroller {
     }
     const namespace = this.namespaces.get(pod.namespace);
     if (namespace === undefined) throw new NotYet(`namespace ${pod.namespace} is not known yet`);
-    const { config } = this.#options;
     const attachments = this.#records.of(identitiesOf(pod));
     const interfaces = attachments.length > 0 ? attachments.map(({ record }) => record.ifname) : [INTERFACE];
     let enrolled = 0;
     for (const [i, ifname] of interfaces.entries()) {
-      const { role, reason } = enrolmentOf(config, pod, namespace, ifname);
+      const { role, reason } = this.#decide(pod, namespace, ifname);
       const attachment = attachments[i];
       if (role === 'none') {
         if (attachment?.record.role === 'pod') await this.#leave(pod, attachment, reason);
+        else if (attachment?.record.role === 'proxy') this.#dismiss(attachment, reason);
         continue;
       }
       if ((await this.#enter(pod, attachment, ifname, role, reason)) && role === 'pod') enrolled++;
@@ -432,6 +439,16 @@ export class Enroller {
       }
     }
     if (failure !== null) throw failure;
+  }
+
+  /** The plugin, which knows a name only, has taken a pod for the proxy that is none. */
+  #dismiss({ key, record }: Attachment, reason: string): void {
+    const { native, state, config, log } = this.#options;
+    detachRecord(native, config, state, key, record);
+    const none = { state: 'recorded', role: 'none', flags: 0, hooks: [], programTag: '' } as const;
+    native.putAttachment(state, key, { ...record, ...none, hooks: [] });
+    this.#count('detached');
+    log('error', `${describePod(record)} is not the proxy any more: ${reason}`, { uid: record.podUid });
   }
 
   /** A pod that the API does not have any more, or a record of one that this process has never seen. */

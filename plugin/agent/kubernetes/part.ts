@@ -23,14 +23,12 @@ export function clusterAccess(
 ): ClusterAccess | undefined {
   const host = env.KUBERNETES_SERVICE_HOST ?? '';
   const port = env.KUBERNETES_SERVICE_PORT ?? '443';
-  if (kubeApi !== '') {
-    return { server: kubeApi, caFile: kubeCaFile || undefined, tokenFile: kubeTokenFile || undefined };
-  }
+  if (kubeApi !== undefined) return { server: kubeApi, caFile: kubeCaFile, tokenFile: kubeTokenFile };
   if (host === '') return undefined;
   return {
     server: `https://${host.includes(':') ? `[${host}]` : host}:${port}`,
-    caFile: kubeCaFile || `${ACCOUNT}/ca.crt`,
-    tokenFile: kubeTokenFile || `${ACCOUNT}/token`,
+    caFile: kubeCaFile ?? `${ACCOUNT}/ca.crt`,
+    tokenFile: kubeTokenFile ?? `${ACCOUNT}/token`,
   };
 }
 
@@ -45,7 +43,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   if (settings.nodeName === '') {
     throw new Error('--node-name (NODE_NAME) is needed: the API server is asked for the pods of one node');
   }
-  const { stateDir, runDir, conf } = settings;
+  const { stateDir, runDir, conf, enablementSelectors } = settings;
   const { config, network } = settingsOf({ stateDir, runDir, ...(conf !== undefined && { conf }) });
   const state = ensureState(native, config);
   // Here, so that the first pod need not wait for the verifier.
@@ -60,6 +58,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   const enroller = new Enroller({
     native,
     config,
+    enablementSelectors,
     network,
     state,
     api,
