@@ -17,7 +17,7 @@ const after: Evidence = {
   ours: { 'pod_egress redirected_outbound': 9 },
 };
 const ours: Expectation = { chain: ['shared outbound'], hook: 'tcx', rules: false, tunnel: 'none' };
-const traffic: Traffic = { connections: 4, bytes: 1000, sent: 400 };
+const traffic: Traffic = { connections: 4, bytes: 1000, sent: 400, packets: 8 };
 
 const of = (wanted: Partial<Expectation>, last: Partial<Evidence>, load: Partial<Traffic> = {}, first = nothing) =>
   judge({ ...ours, ...wanted }, first, { ...after, ...last }, { ...traffic, ...load });
@@ -51,7 +51,13 @@ test.each([
     'a tunnel for openings only',
     { tunnel: 'all' as const },
     { tunnel: { packets: 8, bytes: 300 } },
-    /sent 400 bytes, 300 came through the tunnel/,
+    /sent 8 packets and 400 bytes, 8 and 300 came through the tunnel/,
+  ],
+  [
+    'a tunnel for some packets only',
+    { tunnel: 'all' as const },
+    { tunnel: { packets: 7, bytes: 500 } },
+    /sent 8 packets and 400 bytes, 7 and 500 came/,
   ],
 ])('%s', (_, wanted, last, reason) => {
   expect(of(wanted, last)).toMatch(reason);

@@ -28,7 +28,7 @@ test('fortio', () => {
   expect(metrics.qps).toBe(38142.04);
   expect(metrics.p50).toBeCloseTo(508);
   expect(metrics.p999).toBeCloseTo(4193);
-  expect(traffic).toEqual({ connections: 4, bytes: 2860725, sent: 38143 * 40 });
+  expect(traffic).toEqual({ connections: 4, bytes: 2860725, sent: 38143 * 40, packets: 38143 });
   expect(units).toBe(38143);
   expect(failure).toBeUndefined();
 });
@@ -71,7 +71,12 @@ test('iperf3', () => {
   const end = { sum_received: { bytes: 1_000_000_000, bits_per_second: 8e9, seconds: 1 } };
   const forward = parseIperf(JSON.stringify({ end }), 8, false);
   expect(forward.metrics).toEqual({ gbps: 8 });
-  expect(forward.traffic).toEqual({ connections: 9, bytes: 990_000_000, sent: 990_000_000 });
+  expect(forward.traffic).toEqual({
+    connections: 9,
+    bytes: 990_000_000,
+    sent: 990_000_000,
+    packets: 15_106,
+  });
   expect(parseIperf(JSON.stringify({ end }), 8, true).traffic.sent).toBe(0);
   expect(() => parseIperf('{"error":"unable to connect"}', 1, false)).toThrow('iperf3: unable to connect');
 });
@@ -81,7 +86,7 @@ test('the native generator', () => {
     '{"what":"crr","connections":10,"failed":2,"transactions":8,"bytes":8,"seconds":1,"perSecond":8,"meanUs":1,"p50Us":2,"p90Us":3,"p99Us":4,"p999Us":5}';
   const { metrics, traffic, failure } = parsePeer(line, true);
   expect(metrics).toEqual({ qps: 8, p50: 2, p90: 3, p99: 4, p999: 5 });
-  expect(traffic).toEqual({ connections: 10, bytes: 16, sent: 8, opensConnections: true });
+  expect(traffic).toEqual({ connections: 10, bytes: 16, sent: 8, packets: 8, opensConnections: true });
   expect(failure).toBe('2 of 10 connections failed');
 });
 
