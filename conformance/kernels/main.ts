@@ -10,8 +10,6 @@ import { cannotBoot } from './machine.ts';
 import { type Run, runOn } from './run.ts';
 
 const LIMIT = 40 * 60_000;
-/** The BPF-level suite but for hooks.test.ts, which attaches with TCX; HAProxy's whole table is in the groups by hook. */
-const FILES = ['bpf/test/redirect.test.ts', 'bpf/test/frames.test.ts'];
 const VARIANTS = ['auto', 'no-redirect-peer', 'no-sk-lookup', 'no-sk-assign', 'full-sockets-only'] as const;
 
 const { values } = parseArgs({
@@ -45,7 +43,7 @@ for (const suite of suites) {
     if (missing !== undefined) throw new NoKernel(missing);
     const kernel = await findKernel(suite, values);
     console.error(`${kernel.release} (${suite}, ${kernel.version}) ...`);
-    const run = await runOn(kernel, { sites: sitesOf(kernel), files: FILES }, LIMIT);
+    const run = await runOn(kernel, sitesOf(kernel), LIMIT);
     ran += 1;
     report(kernel, run);
   } catch (error) {
