@@ -175,8 +175,19 @@ class Judge {
   #worker: ChildProcess | undefined;
   #left = 0;
 
+  /** Again with another worker where the first one fails for a reason of its own. */
   async judge(order: Order): Promise<Verdict> {
-    if (this.#worker === undefined || this.#left === 0) await this.#start();
+    try {
+      return await this.#judge(order);
+    } catch (error) {
+      console.error(`again: ${error instanceof Error ? error.message : String(error)}`);
+      this.close();
+      return await this.#judge(order);
+    }
+  }
+
+  async #judge(order: Order): Promise<Verdict> {
+    if (!this.#worker?.connected || this.#left === 0) await this.#start();
     this.#left -= 1;
     const worker = this.#worker;
     worker?.send(order);
@@ -206,7 +217,7 @@ class Judge {
   }
 
   close(): void {
-    this.#worker?.disconnect();
+    if (this.#worker?.connected) this.#worker.disconnect();
     this.#worker = undefined;
   }
 }
