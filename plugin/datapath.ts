@@ -192,7 +192,7 @@ function attachAll(attachment: Attachment): AttachmentRecord {
       undo.push(() => deleteTproxy(attachment.netns));
       addTproxy(attachment.netns, attachment.config);
     }
-    if (plan.interface !== null) fillMaps(attachment);
+    if (plan.interface !== null) withRoom(attachment, () => fillMaps(attachment));
     for (const hook of plan.hooks) attachHook(attachment, hook);
     if (target.role === 'proxy') announceProxy(attachment);
     const [finding] = verify(native, state, attachment.config, target.key, record);
@@ -238,6 +238,8 @@ function recordOnly(
   if (old !== null && old.state !== 'recorded') detachRecord(native, config, state, target.key, old);
   const link = native.linkByName(netns, target.ifname);
   const hostIfindex = link?.kind === 'veth' ? link.peerIfindex : 0;
+  removeDeadProxies(native, state, config.runDir);
+  forgetPredecessors(native, config, state, target, hostIfindex);
   const record: AttachmentRecord = {
     ...emptyRecord(native, config, target),
     state: 'recorded',
@@ -251,6 +253,35 @@ function recordOnly(
   };
   putRecord(native, config, state, target.key, record);
   return record;
+}
+
+/**
+ * What dead pods left that the programs would take for this one's: entries by its host-side index, and by its addresses.
+ * A pod that is not in the mesh gets no entries of its own, so nothing else would replace them.
+ */
+function forgetPredecessors(
+  native: Native,
+  config: RedirectConfig,
+  state: State,
+  target: Target,
+  hostIfindex: number,
+): void {
+  if (hostIfindex !== 0) detachHolders(native, config, state, hostIfindex);
+  for (const address of target.resultAddresses) {
+    if (native.getEndpoint(state, address) === null) continue;
+    if (livingHolder(native, state, address, 0) === null) native.deleteEndpoint(state, address);
+  }
+}
+
+/** Attachments and entries by an interface id that another pod has now. */
+function detachHolders(native: Native, config: RedirectConfig, state: State, id: number): void {
+  if (native.getInterface(state, id) === null) return;
+  for (const { key, record } of native.listAttachments(state)) {
+    if (record.interfaceId === id && record.state !== 'recorded') {
+      detachRecord(native, config, state, key, record);
+    }
+  }
+  native.deleteInterface(state, id);
 }
 
 /**
@@ -273,9 +304,7 @@ function sameAttachment(
     old.hostIfindex === (facts.host?.ifindex ?? 0) &&
     old.hostMac === (facts.host?.mac ?? NO_MAC) &&
     old.podIfindex === facts.pod.ifindex &&
-    old.netns.dev === facts.netns.dev &&
-    old.netns.ino === facts.netns.ino &&
-    old.netns.cookie === facts.netns.cookie &&
+    isSameNetns(old.netns, facts.netns) &&
     old.hooks.every(({ kind }) => config.hook === 'auto' || kind === config.hook);
   return same ? old : null;
 }
@@ -294,13 +323,7 @@ function removeOld(native: Native, config: RedirectConfig, state: State, target:
   const old = native.getAttachment(state, target.key);
   if (old !== null) detachRecord(native, config, state, target.key, old);
   else removePins(native, config.stateDir, target.key);
-  if (native.getInterface(state, id) === null) return;
-  for (const { key, record } of native.listAttachments(state)) {
-    if (record.interfaceId === id && record.state !== 'recorded') {
-      detachRecord(native, config, state, key, record);
-    }
-  }
-  native.deleteInterface(state, id);
+  detachHolders(native, config, state, id);
 }
 
 // ---- steps of attach ---------------------------------------------------------------------------------------------
@@ -331,6 +354,25 @@ function putRecord(
     } catch (again) {
       const full = `attachments in ${config.stateDir} is full; "maxPods" sizes it`;
       throw new CniError(Code.STATE_FAILED, full, kernelReason(again), { cause: again });
+    }
+  }
+}
+
+/** Does `put` again without the entries of pods that are gone, where a map is full. Throws what it throws, or CniError 103. */
+function withRoom({ native, config, state, plan }: Attachment, put: () => void): void {
+  const isFull = (error: unknown) =>
+    error instanceof CniError && hasCode(error.cause, 'E2BIG', 'ENOSPC') && plan.exclusions.length <= MAX_EXCLUSIONS;
+  try {
+    put();
+  } catch (error) {
+    if (!isFull(error)) throw error;
+    sweepDead(native, config, state);
+    try {
+      put();
+    } catch (again) {
+      if (!isFull(again)) throw again;
+      const full = `a map in ${config.stateDir} is full; "maxPods" sizes it`;
+      throw new CniError(Code.STATE_FAILED, full, (again as CniError).message, { cause: again });
     }
   }
 }
@@ -403,7 +445,7 @@ function putEndpoint(attachment: Attachment, address: Address, endpoint: Endpoin
     native.putEndpoint(state, address, endpoint, true);
   } catch (error) {
     if (!hasCode(error, 'EEXIST')) throw error;
-    const holder = livingHolder(attachment, address);
+    const holder = livingHolder(native, state, address, attachment.id);
     if (holder !== null) {
       throw new CniError(
         Code.STATE_FAILED,
@@ -416,9 +458,10 @@ function putEndpoint(attachment: Attachment, address: Address, endpoint: Endpoin
   undo.push(() => native.deleteEndpoint(state, address));
 }
 
-function livingHolder({ native, state, id }: Attachment, address: Address): string | null {
+/** Who else than the pod with interface id `own` has this address, and lives. */
+function livingHolder(native: Native, state: State, address: Address, own: number): string | null {
   const endpoint = native.getEndpoint(state, address);
-  if (endpoint === null || endpoint.ifindex === id) return null;
+  if (endpoint === null || endpoint.ifindex === own) return null;
   const entry = native
     .listAttachments(state)
     .find(({ record }) => record.interfaceId === endpoint.ifindex && record.role === 'pod');
@@ -431,11 +474,12 @@ function livingHolder({ native, state, id }: Attachment, address: Address): stri
     netns = native.openNetns(record.netnsPath);
   } catch {
     // Its namespace has no name any more; the link may outlive that only while a process still holds it.
+    if (record.hostIfindex === 0) return null;
     return `${describePod(record)} on ${link.name}`;
   }
   try {
     const has = native.linkAddresses(netns, record.podIfindex).some((own) => hex(own.address) === hex(address));
-    return has && native.netnsIdentity(netns).ino === record.netns.ino
+    return has && isSameNetns(native.netnsIdentity(netns), record.netns)
       ? `${describePod(record)} on ${link.name}`
       : null;
   } finally {
@@ -871,6 +915,12 @@ function isSameHostLink(native: Native, record: AttachmentRecord): boolean {
   return link !== null && link.mac === record.hostMac && link.peerIfindex === record.podIfindex;
 }
 
+/** Inodes come again as soon as they are free, cookies never do; kernels before 5.14 have none (0). */
+function isSameNetns(now: AttachmentRecord['netns'], then: AttachmentRecord['netns']): boolean {
+  const cookies = now.cookie !== 0n && then.cookie !== 0n;
+  return now.dev === then.dev && now.ino === then.ino && (!cookies || now.cookie === then.cookie);
+}
+
 /** Runs `body` in the recorded namespace if it still is the one that was recorded. */
 export function inOwnNetns(native: Native, record: AttachmentRecord, body: (netns: number) => void): void {
   let netns: number;
@@ -882,8 +932,7 @@ export function inOwnNetns(native: Native, record: AttachmentRecord, body: (netn
     throw error;
   }
   try {
-    const { dev, ino } = native.netnsIdentity(netns);
-    if (dev === record.netns.dev && ino === record.netns.ino) body(netns);
+    if (isSameNetns(native.netnsIdentity(netns), record.netns)) body(netns);
   } finally {
     native.close(netns);
   }
@@ -1081,6 +1130,9 @@ function verifyNetns(native: Native, state: State, record: AttachmentRecord, fin
 // ---- records ---------------------------------------------------------------------------------------------------------
 
 const NO_MAC = '00:00:00:00:00:00';
+/** More of one pod's are E2BIG too, which has nothing to do with the number of pods. */
+const MAX_EXCLUSIONS = 4096;
+
 /** MAX_ADDRESSES of bpf/redirect.h. */
 const MAX_ADDRESSES = 16;
 

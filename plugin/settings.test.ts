@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Command } from 'commander';
 import { afterAll, describe, expect, test } from 'vitest';
+import { AGENT_SETTINGS } from './agent/settings.ts';
 import { entryOptions } from './cli/install.ts';
 import {
   CONFLIST_SETTINGS,
@@ -13,6 +14,7 @@ import {
   INSTALL_SETTINGS,
   MESH_SETTINGS,
   readSettings,
+  type SettingTable,
   settingOptions,
   UNINSTALL_SETTINGS,
 } from './settings.ts';
@@ -25,6 +27,17 @@ const tables = { ...INSTALL_SETTINGS, ...UNINSTALL_SETTINGS, ...MESH_SETTINGS };
 test('each setting is called as its flag', () => {
   const attributes = settingOptions(tables).map((option) => option.attributeName());
   expect(attributes).toEqual(Object.keys(tables));
+});
+
+test('what the agent has too is called and preset the same there', () => {
+  const other: SettingTable = AGENT_SETTINGS;
+  const shared = Object.keys(tables).filter((name) => name in other);
+  expect(shared).toEqual(expect.arrayContaining(['stateDir', 'runDir', 'conf', 'nodeName', 'kubeApi', 'redirectMode']));
+  const facts = (table: SettingTable) =>
+    shared.map((name) => [table[name]?.flag, table[name]?.environment, table[name]?.fallback ?? '']);
+  // The level of the plugin is the entry's own, that of the agent has a default.
+  const differs = ([flag]: unknown[]) => flag !== '--log-level <level>';
+  expect(facts(tables).filter(differs)).toEqual(facts(other).filter(differs));
 });
 
 test('no variable belongs to two settings', () => {
@@ -52,6 +65,12 @@ test.each([
   ['LOG_LEVEL', 'logLevel', 'debug', 'debug'],
   ['SYSTEM_NAMESPACE', 'proxyNamespace', 'mesh', 'mesh'],
   ['REDIRECT_MODE', 'redirectMode', 'eBPF', 'ebpf'],
+  [
+    'AMBIENT_ENABLEMENT_SELECTOR',
+    'enablementSelectors',
+    '- podSelector:\n    matchLabels: {a: b}\n',
+    [{ pod: [{ key: 'a', operator: 'In', values: ['b'] }], namespace: [] }],
+  ],
 ])('$%s', (variable, name, text, value) => {
   const settings = readSettings(tables, {}, { [variable]: text }) as Record<string, unknown>;
   expect(settings[name]).toEqual(value);
@@ -72,6 +91,8 @@ test.each([
   ['AMBIENT_REDIRECT_WAIT', '-1', 'It must be a number of seconds, or "forever".'],
   ['AMBIENT_REDIRECT_MAX_PODS', '4k', 'It must be a number.'],
   ['REDIRECT_MODE', 'iptables', 'It must be ebpf.'],
+  ['AMBIENT_ENABLEMENT_SELECTOR', 'a: 1', 'invalid enablementSelectors = {"a":1}: expected a list'],
+  ['AMBIENT_ENABLEMENT_SELECTOR', '[', 'Flow sequence must end with a ]'],
 ])('%s=%s is named', (variable, text, reason) => {
   expect(() => readSettings(tables, {}, { [variable]: text })).toThrow(`${variable}=${text}: ${reason}`);
 });
@@ -88,7 +109,7 @@ test('--help has flag, variables and default of each', () => {
   for (const { flag, environment, fallback } of Object.values(tables)) {
     const line = help.split('\n').find((text) => text.includes(flag)) ?? '';
     for (const variable of environment) expect(line).toContain(`$${variable}`);
-    if (fallback !== undefined) expect(line).toContain(`default: ${fallback}`);
+    if (fallback) expect(line).toContain(`default: ${fallback}`);
   }
 });
 

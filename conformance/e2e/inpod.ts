@@ -81,7 +81,7 @@ export class InPodProxy {
  * In the place of the node agent, whose own tests are elsewhere: acknowledges every attachment, whoever listens in the
  * pod. What the programs do must not depend on it.
  */
-function acknowledge(topology: Topology): Promise<void> {
+export function acknowledge(topology: Topology): Promise<void> {
   mkdirSync(topology.runDir, { recursive: true, mode: 0o700 });
   const server = createServer((request, response) => {
     request.resume().on('end', () => response.setHeader('content-type', 'application/json').end('{}'));

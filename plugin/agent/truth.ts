@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Holds what is recorded against what the kernel has, names each difference and puts it right: when the agent starts, at
-// an interval, and when the kernel tells that a link of the node, its qdiscs or filters have changed. The record is the
-// measure, so that nothing depends on the API: what it says is made again as it was.
+// Holds what is recorded against what the kernel has, names each difference and puts it right: whenever the agent asks,
+// and when the kernel tells that a link of the node, its qdiscs or filters have changed. The record is the measure, so
+// that nothing depends on the API: what it says is made again as it was.
 
 import { hex } from '../attachments.ts';
 import { listenerState } from '../cli/survey.ts';
 import { attach, describePod, type Finding, type FindingKind, inOwnNetns, isDead, verify } from '../datapath.ts';
+import { isUninstalled } from '../install/entry.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.ts';
 import type { RedirectConfig } from '../redirect/config.ts';
 import { openState } from '../state.ts';
@@ -24,8 +25,6 @@ export interface Drift {
 export interface TruthOptions {
   native: Native;
   config: RedirectConfig;
-  /** milliseconds between comparisons of everything */
-  intervalMs: number;
   onDrift: (drift: Drift) => void;
   onRepaired: (record: AttachmentRecord) => void;
   /** it stays as it is until the next comparison */
@@ -57,7 +56,6 @@ export class Truth {
   readonly #listening = new Set<string>();
   readonly #changed = new Set<number>();
   #running: Promise<unknown> = Promise.resolve();
-  #timer: NodeJS.Timeout | undefined;
   #eventTimer: NodeJS.Timeout | undefined;
   #unwatch: (() => void) | undefined;
   #stopped = false;
@@ -66,8 +64,8 @@ export class Truth {
     this.#options = options;
   }
 
-  /** From now on, until stop(). The first comparison is the caller's: compare(). */
-  start(): void {
+  /** Follows the kernel's events until stop(). */
+  follow(): void {
     const { native } = this.#options;
     const socket = native.openLinkEvents();
     const unwatch = native.watchReadable(socket, () => this.#onEvents(native.readLinkEvents(socket)));
@@ -75,12 +73,10 @@ export class Truth {
       unwatch();
       native.close(socket);
     };
-    this.#schedule();
   }
 
   async stop(): Promise<void> {
     this.#stopped = true;
-    clearTimeout(this.#timer);
     clearTimeout(this.#eventTimer);
     this.#unwatch?.();
     await this.#running;
@@ -93,11 +89,6 @@ export class Truth {
       .catch((error: Error) => this.#options.onTrouble(error));
     this.#running = run;
     return run;
-  }
-
-  #schedule(): void {
-    if (this.#stopped) return;
-    this.#timer = setTimeout(() => void this.compare().then(() => this.#schedule()), this.#options.intervalMs);
   }
 
   #onEvents(ifindexes: number[] | null): void {
@@ -149,7 +140,12 @@ export class Truth {
         await new Promise(setImmediate);
         slice = performance.now();
       }
-      if (this.#findings(state, recorded, direct).length > 0) suspects.push(recorded);
+      try {
+        if (this.#findings(state, recorded, direct).length > 0) suspects.push(recorded);
+      } catch (error) {
+        // One pod that cannot be looked at is no reason not to look at the others.
+        this.#options.onUnrepaired(recorded.record, error as Error);
+      }
     }
     return suspects;
   }
@@ -177,7 +173,7 @@ export class Truth {
     const { native, config, onDrift, onRepaired, onUnrepaired } = this.#options;
     await new Promise(setImmediate);
     const record = native.getAttachment(state, key);
-    if (record?.state !== 'attached') return;
+    if (record?.state !== 'attached' || isUninstalled(config.runDir)) return;
     const findings = this.#findings(state, { key, record }, new Set(native.listDirectFlows(state)));
     if (findings.length === 0 || isDead(native, record)) return;
     const pod = describePod(record);
