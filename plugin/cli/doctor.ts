@@ -197,7 +197,7 @@ function foreignPrograms(native: Native, found: Survey): Finding[] {
   const findings: Finding[] = [];
   const hasTcx = native.features().tcx === true;
   for (const { record, present } of found.attachments) {
-    if (!present || record.hooks.length === 0) continue;
+    if (!present || record.hooks.length === 0 || record.hostIfindex === 0) continue;
     for (const direction of ['ingress', 'egress'] as const) {
       const own = record.hooks.find((hook) => hook.direction === direction && !hook.inNetns);
       let reached = false;
