@@ -211,6 +211,8 @@ function recordOnly(
   const old = native.getAttachment(state, target.key);
   if (old !== null && old.state !== 'recorded') detachRecord(native, config, state, target.key, old);
   const link = native.linkByName(netns, target.ifname);
+  removeDeadProxies(native, state, config.runDir);
+  forgetPredecessors(native, config, state, target, link?.kind === 'veth' ? link.peerIfindex : 0);
   const record: AttachmentRecord = {
     ...emptyRecord(native, target),
     state: 'recorded',
@@ -223,6 +225,35 @@ function recordOnly(
   };
   putRecord(native, config, state, target.key, record);
   return record;
+}
+
+/**
+ * What dead pods left that the programs would take for this one's: entries by its host-side index, and by its addresses.
+ * A pod that is not in the mesh gets no entries of its own, so nothing else would replace them.
+ */
+function forgetPredecessors(
+  native: Native,
+  config: RedirectConfig,
+  state: State,
+  target: Target,
+  hostIfindex: number,
+): void {
+  if (hostIfindex !== 0) detachHolders(native, config, state, hostIfindex);
+  for (const address of target.resultAddresses) {
+    if (native.getEndpoint(state, address) === null) continue;
+    if (livingHolder(native, state, address, 0) === null) native.deleteEndpoint(state, address);
+  }
+}
+
+/** Attachments and entries by a host-side index that another pod has now. */
+function detachHolders(native: Native, config: RedirectConfig, state: State, hostIfindex: number): void {
+  if (native.getInterface(state, hostIfindex) === null) return;
+  for (const { key, record } of native.listAttachments(state)) {
+    if (record.hostIfindex === hostIfindex && record.state !== 'recorded') {
+      detachRecord(native, config, state, key, record);
+    }
+  }
+  native.deleteInterface(state, hostIfindex);
 }
 
 /**
@@ -244,9 +275,7 @@ function sameAttachment(
     old.hostIfindex === facts.host.ifindex &&
     old.hostMac === facts.host.mac &&
     old.podIfindex === facts.pod.ifindex &&
-    old.netns.dev === facts.netns.dev &&
-    old.netns.ino === facts.netns.ino &&
-    old.netns.cookie === facts.netns.cookie &&
+    isSameNetns(old.netns, facts.netns) &&
     old.hooks.every(({ kind }) => config.hook === 'auto' || kind === config.hook);
   return same ? old : null;
 }
@@ -265,13 +294,7 @@ function removeOld(native: Native, config: RedirectConfig, state: State, target:
   const old = native.getAttachment(state, target.key);
   if (old !== null) detachRecord(native, config, state, target.key, old);
   else removePins(native, config.stateDir, target.key);
-  if (native.getInterface(state, facts.host.ifindex) === null) return;
-  for (const { key, record } of native.listAttachments(state)) {
-    if (record.hostIfindex === facts.host.ifindex && record.state !== 'recorded') {
-      detachRecord(native, config, state, key, record);
-    }
-  }
-  native.deleteInterface(state, facts.host.ifindex);
+  detachHolders(native, config, state, facts.host.ifindex);
 }
 
 // ---- steps of attach ---------------------------------------------------------------------------------------------
@@ -372,7 +395,7 @@ function putEndpoint(attachment: Attachment, address: Address, endpoint: Endpoin
     native.putEndpoint(state, address, endpoint, true);
   } catch (error) {
     if (!hasCode(error, 'EEXIST')) throw error;
-    const holder = livingHolder(attachment, address);
+    const holder = livingHolder(native, state, address, attachment.facts.host.ifindex);
     if (holder !== null) {
       throw new CniError(
         Code.STATE_FAILED,
@@ -385,9 +408,10 @@ function putEndpoint(attachment: Attachment, address: Address, endpoint: Endpoin
   undo.push(() => native.deleteEndpoint(state, address));
 }
 
-function livingHolder({ native, state, facts }: Attachment, address: Address): string | null {
+/** Who else than the pod on `ownIfindex` has this address, and lives. */
+function livingHolder(native: Native, state: State, address: Address, ownIfindex: number): string | null {
   const endpoint = native.getEndpoint(state, address);
-  if (endpoint === null || endpoint.ifindex === facts.host.ifindex) return null;
+  if (endpoint === null || endpoint.ifindex === ownIfindex) return null;
   const link = native.linkByIndex(HOST, endpoint.ifindex);
   if (link === null) return null;
   const entry = native
@@ -404,7 +428,7 @@ function livingHolder({ native, state, facts }: Attachment, address: Address): s
   }
   try {
     const has = native.linkAddresses(netns, record.podIfindex).some((own) => hex(own.address) === hex(address));
-    return has && native.netnsIdentity(netns).ino === record.netns.ino
+    return has && isSameNetns(native.netnsIdentity(netns), record.netns)
       ? `${describePod(record)} on ${link.name}`
       : null;
   } finally {
@@ -767,6 +791,12 @@ function isSameHostLink(native: Native, record: AttachmentRecord): boolean {
   return link !== null && link.mac === record.hostMac && link.peerIfindex === record.podIfindex;
 }
 
+/** Inodes come again as soon as they are free, cookies never do; kernels before 5.14 have none (0). */
+function isSameNetns(now: AttachmentRecord['netns'], then: AttachmentRecord['netns']): boolean {
+  const cookies = now.cookie !== 0n && then.cookie !== 0n;
+  return now.dev === then.dev && now.ino === then.ino && (!cookies || now.cookie === then.cookie);
+}
+
 /** Runs `body` in the recorded namespace if it still is the one that was recorded. */
 export function inOwnNetns(native: Native, record: AttachmentRecord, body: (netns: number) => void): void {
   let netns: number;
@@ -778,8 +808,7 @@ export function inOwnNetns(native: Native, record: AttachmentRecord, body: (netn
     throw error;
   }
   try {
-    const { dev, ino } = native.netnsIdentity(netns);
-    if (dev === record.netns.dev && ino === record.netns.ino) body(netns);
+    if (isSameNetns(native.netnsIdentity(netns), record.netns)) body(netns);
   } finally {
     native.close(netns);
   }

@@ -62,7 +62,7 @@ export interface StreamOptions {
   seed: number;
   /** Bytes of one write; default 65,536. */
   write?: number;
-  /** Who half-closes first; default the client. The server's FIN comes before the client's first byte. */
+  /** Who half-closes first; default the client, when all has arrived. The server's FIN comes before the client's first byte. */
   first?: 'client' | 'server';
   sourcePort?: number;
   /** Milliseconds; default 20,000. */
@@ -75,7 +75,6 @@ export interface StreamOutcome {
   sent: string;
   got: string;
   expected: string;
-  bytes: number;
   /** ECN was negotiated; a packet that said so came. */
   ecn: boolean;
   ect: boolean;

@@ -3,7 +3,8 @@
 
 A client begins with a header: how many bytes each side sends, a seed, and who half-closes first. What the server sends are
 random_bytes(seed), what the client sends random_bytes(seed + 1), so each end knows what it should have got, and says what
-it did get.
+it did get. A server that does not close first adds the digest of what it got, and the client closes then: HAProxy 2.6 now
+and then drops what it has not sent on yet when the client's FIN comes (1 of 1,500 megabytes over loopback).
 """
 import errno
 import hashlib
@@ -33,6 +34,7 @@ class Incoming:
     def __init__(self):
         self.header = b""
         self.seed = None
+        self.size = 0
         self.hash = hashlib.sha256()
         self.received = 0
         self.outgoing = b""
@@ -102,10 +104,12 @@ class StreamServer(threading.Thread):
             state.header += chunk[:missing]
             chunk = chunk[missing:]
             if len(state.header) == HEADER.size:
-                size, state.seed, state.order = HEADER.unpack(state.header)
-                state.outgoing = memoryview(random_bytes(state.seed, size))
+                state.size, state.seed, state.order = HEADER.unpack(state.header)
+                state.outgoing = memoryview(random_bytes(state.seed, state.size))
         state.hash.update(chunk)
         state.received += len(chunk)
+        if chunk and state.received == state.size and state.order == CLIENT_FIRST:
+            state.outgoing = memoryview(bytes(state.outgoing) + state.hash.digest())
 
     def keep(self, state, end):
         if state.seed is not None:
@@ -154,7 +158,6 @@ def stream(address, port, bytes, seed, write=65536, first="client", sourcePort=0
             try:
                 for at in range(0, bytes, write):
                     connection.sendall(payload[at : at + write])
-                connection.shutdown(socket.SHUT_WR)
             except OSError as error:
                 failures.append(error)
 
@@ -162,21 +165,24 @@ def stream(address, port, bytes, seed, write=65536, first="client", sourcePort=0
         if order == CLIENT_FIRST:
             sender.start()
         got = bytearray()
-        while chunk := connection.recv(1 << 18):
+        answer = bytes + (0 if order == SERVER_FIRST else hashlib.sha256().digest_size)
+        while len(got) < answer and (chunk := connection.recv(1 << 18)):
             got += chunk
         if order == SERVER_FIRST:
+            got += connection.recv(1)
             sender.start()
         sender.join()
         if failures:
             raise failures[0]
+        connection.shutdown(socket.SHUT_WR)
+        got += connection.recv(1)
         # tcp_info: 8 bytes, of which the sixth are tcpi_options; 8: ECN was negotiated, 16: a packet with ECT came.
         options = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[5]
         return {
             "localPort": local,
             "sent": digest(payload),
             "got": digest(got),
-            "expected": digest(wanted),
-            "bytes": len(got),
+            "expected": digest(wanted if order == SERVER_FIRST else wanted + hashlib.sha256(payload).digest()),
             "ecn": bool(options & 8),
             "ect": bool(options & 16),
         }
@@ -240,14 +246,15 @@ def streams(address, port, count, bytes, seed, timeout=60000):
         sent.update(hashlib.sha256(payload).digest())
         try:
             connection.sendall(payload)
-            connection.shutdown(socket.SHUT_WR)
         except OSError as error:
             failures[errno.errorcode.get(error.errno, str(error))] = 1
     for connection, number in connections.items():
         try:
-            while chunk := connection.recv(1 << 16):
+            wanted = random_bytes(seed + 2 * number, bytes)
+            wanted += hashlib.sha256(random_bytes(seed + 2 * number + 1, bytes)).digest()
+            while len(got[number]) < len(wanted) and (chunk := connection.recv(1 << 16)):
                 got[number] += chunk
-            done += got[number] == random_bytes(seed + 2 * number, bytes)
+            done += got[number] == wanted
         except OSError as error:
             name = errno.errorcode.get(error.errno, str(error))
             failures[name] = failures.get(name, 0) + 1

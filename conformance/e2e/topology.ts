@@ -31,6 +31,8 @@ export interface TopologyOptions {
   primary: 'ptp' | 'bridge';
   hook: 'tcx' | 'clsact';
   rpFilter: 0 | 1;
+  /** Keys for the bridge plugin's entry, over the defaults here. */
+  bridge?: Record<string, unknown>;
   /** Keys for our conflist entry, over the defaults here. */
   entry?: Record<string, unknown>;
   /** Path of the plugin under test; null: the primary plugin alone. */
@@ -184,10 +186,11 @@ export class Topology {
       ranges: families.map((family) => [{ subnet: podSubnets[family], gateway: gateway[family] }]),
       routes: [{ dst: '0.0.0.0/0' }, { dst: '::/0' }],
     };
-    const { primary } = this.options;
+    const { primary, bridge } = this.options;
     // hairpinMode: bridge netfilter rewrites and bridges at once, so a pod's call of its own service leaves by the port
     // that it came by. Kubernetes sets it for the same reason.
-    const own = primary === 'bridge' ? { bridge: BRIDGE, isGateway: true, hairpinMode: true } : { ipMasq: false };
+    const own =
+      primary === 'bridge' ? { bridge: BRIDGE, isGateway: true, hairpinMode: true, ...bridge } : { ipMasq: false };
     return { cniVersion, name: network, type: primary, ...own, ipam };
   }
 
@@ -232,13 +235,18 @@ export class Topology {
 
   /** What a primary plugin leaves behind, without one: a veth pair and a Result. `number` 2 to 250. */
   wire(pod: Pod, number: number): void {
+    this.testbed.veth({ namespace: this.node, ifname: `veth${number}` }, { namespace: pod.netns, ifname: 'eth0' });
+    this.adopt(pod, number);
+  }
+
+  /** The addresses and the Result for a veth pair that is there. */
+  adopt(pod: Pod, number: number): void {
     pod.hostIfname = `veth${number}`;
     pod.addresses = { 4: `10.88.0.${number}`, 6: `fd88::${number.toString(16)}` };
     const addresses = [`${pod.addresses[4]}/24`, `${pod.addresses[6]}/64`];
-    this.testbed.veth(
-      { namespace: this.node, ifname: pod.hostIfname },
-      { namespace: pod.netns, ifname: 'eth0', addresses },
-    );
+    for (const address of addresses) {
+      pod.netns.ip('address', 'add', address, 'dev', 'eth0', ...(address.includes(':') ? ['nodad'] : []));
+    }
     this.#look(pod);
     pod.prevResult = {
       interfaces: [

@@ -39,10 +39,7 @@ describe.runIf(missingControlPlane() === undefined)('enrolment through kube-apis
 
   test('a label moves a running pod in, its removal moves it out', async () => {
     const namespace = await start();
-    const ztunnel = await site.createPod(
-      { namespace: 'istio-system', name: `ztunnel-${count}` },
-      { entry: { enrollment: 'all' } },
-    );
+    const ztunnel = await site.proxy(`ztunnel-${count}`, { entry: { enrollment: 'all' } });
     const haproxy = new HAProxy(site.topology.testbed, ztunnel.sandbox.netns, 'only');
     await haproxy.start();
     const web = await site.createPod({ namespace, name: 'web' });

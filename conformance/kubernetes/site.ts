@@ -4,8 +4,18 @@
 // sandbox by the chain of plugins, and its status is reported. The agent runs in the node's network namespace and
 // reaches the API server through a Front there.
 
+import { randomUUID } from 'node:crypto';
+import { mkdirSync, writeFileSync } from 'node:fs';
+import { request } from 'node:http';
 import { join } from 'node:path';
-import { type Pod, type PodOptions, Topology, type TopologyOptions } from '../e2e/topology.ts';
+import {
+  executable,
+  type Pod,
+  type PodOptions,
+  requireExecutable,
+  Topology,
+  type TopologyOptions,
+} from '../e2e/topology.ts';
 import { type Running, until } from '../netns.ts';
 import type { ControlPlane, PodSpec } from './control-plane.ts';
 import { Front } from './front.ts';
@@ -20,6 +30,14 @@ export interface SitePod {
   sandbox: Pod;
 }
 
+export interface AgentOptions {
+  /** Keys for our conflist entry, over the site's. */
+  entry?: Record<string, unknown>;
+  reconcileSeconds?: number;
+  /** Instead of the executable: a command line that takes the agent's arguments. */
+  overlay?: string[];
+}
+
 export class Site {
   readonly plane: ControlPlane;
   readonly front: Front;
@@ -27,6 +45,7 @@ export class Site {
   readonly nodeName: string;
   tokenFile: string;
   agent: Running | undefined;
+  #agents = 0;
 
   private constructor(plane: ControlPlane, front: Front, topology: Topology, nodeName: string) {
     this.plane = plane;
@@ -41,6 +60,7 @@ export class Site {
     nodeName: string,
     options: Partial<TopologyOptions> & { entry?: Record<string, unknown> } = {},
   ): Promise<Site> {
+    requireExecutable();
     const topology = new Topology({ primary: 'ptp', hook: 'tcx', rpFilter: 1, ...options });
     try {
       return new Site(plane, await Front.start(topology.testbed, plane, topology.node), topology, nodeName);
@@ -50,31 +70,30 @@ export class Site {
     }
   }
 
-  startAgent({
-    entry = {},
-    reconcileMs = 30_000,
-  }: {
-    entry?: Record<string, unknown>;
-    reconcileMs?: number;
-  } = {}): Running {
+  startAgent({ entry = {}, reconcileSeconds = 30, overlay }: AgentOptions = {}): Running {
     const { topology, front, plane } = this;
-    const settings = {
-      network: 'pods',
-      nodeName: this.nodeName,
-      reconcileMs,
-      access: { server: front.url, caFile: plane.caFile, tokenFile: this.tokenFile },
-      entry: {
-        type: 'ambient-redirect',
-        enrollment: 'agent',
-        hook: topology.options.hook,
-        stateDir: topology.stateDir,
-        runDir: topology.runDir,
-        ...topology.options.entry,
-        ...entry,
-      },
+    const directory = join(topology.runDir, '..', `agent-${++this.#agents}`);
+    mkdirSync(directory);
+    const conf = join(directory, '10-pods.conflist');
+    const ours = {
+      type: 'ambient-redirect',
+      enrollment: 'agent',
+      hook: topology.options.hook,
+      stateDir: topology.stateDir,
+      runDir: topology.runDir,
+      ...topology.options.entry,
+      ...entry,
     };
-    const program = join(import.meta.dirname, 'enroller-process.ts');
-    this.agent = topology.testbed.start(topology.node.argv([process.execPath, program, JSON.stringify(settings)]));
+    writeFileSync(conf, JSON.stringify({ cniVersion: '1.0.0', name: 'pods', plugins: [ours] }));
+    const argv = [
+      ...(overlay ?? [executable]),
+      'agent',
+      ...['--state-dir', topology.stateDir, '--run-dir', topology.runDir, '--conf', conf],
+      ...['--zds-socket', join(directory, 'zds.sock'), '--address', '127.0.0.1'],
+      ...['--node-name', this.nodeName, '--reconcile-seconds', String(reconcileSeconds)],
+      ...['--kube-api', front.url, '--kube-ca-file', plane.caFile, '--kube-token-file', this.tokenFile],
+    ];
+    this.agent = topology.testbed.start(topology.node.argv(argv));
     return this.agent;
   }
 
@@ -94,8 +113,12 @@ export class Site {
   }
 
   /** A ztunnel's pod, which becomes the node's proxy. */
-  proxy(name: string): Promise<SitePod> {
-    return this.createPod({ namespace: 'istio-system', name, serviceAccount: 'ztunnel' });
+  proxy(name: string, options: PodOptions = {}): Promise<SitePod> {
+    const owner = { apiVersion: 'apps/v1', kind: 'DaemonSet', name: 'ztunnel', uid: randomUUID(), controller: true };
+    return this.createPod(
+      { namespace: 'istio-system', name, serviceAccount: 'ztunnel', ownerReferences: [owner] },
+      options,
+    );
   }
 
   /** Lines of the agent's log, parsed. */
@@ -107,6 +130,60 @@ export class Site {
       } catch {
         return [];
       }
+    });
+  }
+
+  /** A page of the agent's: "15014/metrics", "8000/readyz". */
+  async page(path: string): Promise<{ status: number; body: string }> {
+    const script = `import sys, urllib.request, urllib.error
+try: answer = urllib.request.urlopen(sys.argv[1], timeout=5)
+except urllib.error.HTTPError as error: answer = error
+print(answer.status); print(answer.read().decode())`;
+    const outcome = await this.topology.node.exec(['python3', '-c', script, `http://127.0.0.1:${path}`]);
+    if (outcome.status !== 0) throw new Error(`${path}: ${outcome.stderr.trim().split('\n').at(-1)}`);
+    const [status = '', ...body] = outcome.stdout.split('\n');
+    return { status: Number(status), body: body.join('\n') };
+  }
+
+  /** What the plugin asks at ADD: is this pod in the mesh? */
+  async ask(namespace: string, name: string, uid = ''): Promise<{ status: number; body: Record<string, unknown> }> {
+    const body = JSON.stringify({ pod: { namespace, name, uid } });
+    const answer = await new Promise<{ status: number; text: string }>((resolve, reject) => {
+      const socketPath = join(this.topology.runDir, 'agent.sock');
+      const sent = request({ socketPath, method: 'POST', path: '/v1/decide' }, (got) => {
+        let text = '';
+        got.setEncoding('utf8').on('data', (more) => {
+          text += more;
+        });
+        got.once('end', () => resolve({ status: got.statusCode ?? 0, text }));
+      });
+      sent.once('error', reject).end(body);
+    });
+    return { status: answer.status, body: JSON.parse(answer.text) as Record<string, unknown> };
+  }
+
+  /** Value of a metric with exactly these labels; 0 if it is not there. */
+  async metric(name: string, labels: Record<string, string> = {}): Promise<number> {
+    const { body } = await this.page('15014/metrics');
+    const text = Object.entries(labels)
+      .map(([key, value]) => `${key}="${value}"`)
+      .join(',');
+    const line = body.split('\n').find((one) => one.startsWith(text === '' ? `${name} ` : `${name}{${text}} `));
+    return Number(line?.split(' ').at(-1) ?? 0);
+  }
+
+  async untilReady(limit = 20_000): Promise<void> {
+    await until(
+      'the agent is ready',
+      () =>
+        this.page('8000/readyz').then(
+          ({ status }) => status === 200,
+          () => false,
+        ),
+      limit,
+    ).catch(async (error: Error) => {
+      const page = await this.page('8000/readyz').catch(({ message }: Error) => ({ body: message }));
+      throw new Error(`${error.message}: ${page.body}; the agent said:\n${this.agent?.output.slice(-4_000)}`);
     });
   }
 

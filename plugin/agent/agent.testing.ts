@@ -38,6 +38,9 @@ export class AgentSite {
       healthPort: 0,
       logLevel: 'silent' as AgentSettings['logLevel'],
       nodeName: 'node',
+      kubeApi: '',
+      kubeCaFile: '',
+      kubeTokenFile: '',
       reconcileSeconds: 3_600,
       ztunnelWaitSeconds: 0,
     };

@@ -26,8 +26,10 @@ import type { AttachBody, AttachmentName, Decision } from '../agent-client.ts';
 import { attachmentKey, hex } from '../attachments.ts';
 import { settingsOf } from '../cli/directories.ts';
 import { CniError, Code } from '../cni/errors.ts';
+
 import { decide as decideTarget, enrolmentOf } from '../commands/target.ts';
-import { attach, describePod, detach, type Finding, isDead, sweepDead, type Target, verify } from '../datapath.ts';
+import { attach, describePod, detach, isDead, sweepDead, type Target } from '../datapath.ts';
+
 import { beginDrain, isDraining, tryEndDrains } from '../drain.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.ts';
 import { countPending, listPending, type PendingPod, removePending } from '../pending.ts';
@@ -41,6 +43,7 @@ import { openWorkloadNetns } from './netns.ts';
 import { Readiness } from './readiness.ts';
 import { type Workload, WorkloadRegistry } from './registry.ts';
 import type { AgentSettings } from './settings.ts';
+import { Truth } from './truth.ts';
 
 /** What a directory says of a pod that it knows. */
 export interface PodEntry {
@@ -96,6 +99,8 @@ export class Agent {
   readonly #acknowledged = new Set<string>();
   readonly #counted = new Map<string, { packets: bigint; bytes: bigint }>();
   #zds: ZdsServer | undefined;
+  #truth: Truth | undefined;
+  #compared = false;
   #lock: number | undefined;
   #timer: NodeJS.Timeout | undefined;
   #reconciling: Promise<void> | undefined;
@@ -105,6 +110,7 @@ export class Agent {
     this.native = native;
     this.settings = settings;
     this.log = log;
+    this.readiness.add('state', () => (this.#compared ? null : 'state and kernel have not been compared yet'));
     this.readiness.add('zds', () => (this.#zds === undefined ? `${settings.zdsSocket} is not served yet` : null));
   }
 
@@ -122,9 +128,11 @@ export class Agent {
     try {
       assertSharedBpffs(this.settings.stateDir);
       await this.#rebuild();
+      this.#truth = this.#holdToTheTruth();
       mkdirSync(dirname(this.settings.zdsSocket), { recursive: true, mode: 0o755 });
       this.#zds = this.#serveZds();
     } catch (error) {
+      await this.#truth?.stop();
       this.#releaseLock();
       throw error;
     }
@@ -136,6 +144,7 @@ export class Agent {
     this.#stopped = true;
     clearTimeout(this.#timer);
     this.#zds?.close();
+    await this.#truth?.stop();
     await this.#reconciling;
     this.#releaseLock();
   }
@@ -350,11 +359,19 @@ export class Agent {
     this.log.info({ pods: known, stateDir: this.settings.stateDir }, 'the recorded pods are known');
   }
 
+  /** Names, counts and mends what the kernel has otherwise than recorded at these host-side interfaces. */
+  async compare(ifindexes: ReadonlySet<number>): Promise<void> {
+    await this.#truth?.compare(ifindexes);
+  }
+
   reconcile(cause: string): Promise<void> {
     this.metrics.reconcileEvents.inc({ type: cause });
     const before = this.#reconciling ?? Promise.resolve();
     const run = before
       .then(() => this.#reconcile())
+      .then(() => {
+        this.#compared = true;
+      })
       .catch((error: unknown) => {
         this.log.error({ cause, error: messageOf(error) }, 'state and kernel could not be compared');
       });
@@ -386,8 +403,8 @@ export class Agent {
           this.log.warn({ pod: describePod(record), error: messageOf(error) }, 'a recorded pod cannot be served');
         }
       }
-      this.#verify(key, record);
     }
+    await this.#truth?.compare();
     await this.#tellUnacknowledged();
     await this.#enrolPending();
   }
@@ -426,18 +443,22 @@ export class Agent {
     }
   }
 
-  #verify(key: AttachmentKey, record: AttachmentRecord): void {
-    let findings: Finding[] = [];
-    try {
-      findings = this.#withState((state) => verify(this.native, state, this.#directories(), key, record)) ?? [];
-    } catch (error) {
-      // One pod that cannot be looked at is no reason not to look at the others.
-      this.log.error({ pod: describePod(record), error: messageOf(error) }, 'an attachment could not be verified');
-    }
-    for (const { object, expected, found } of findings) {
-      this.metrics.drift.inc({ kind: 'kernel' });
-      this.log.error({ pod: describePod(record), object, expected, found }, 'the kernel is not as recorded');
-    }
+  #holdToTheTruth(): Truth {
+    const { native, log, metrics } = this;
+    const truth = new Truth({
+      native,
+      config: this.config,
+      onDrift: ({ kind, ...what }) => {
+        metrics.drift.inc({ kind });
+        log.error({ kind, ...what }, 'the kernel is not as recorded');
+      },
+      onRepaired: (record) => log.info({ pod: describePod(record) }, 'made again as recorded'),
+      onUnrepaired: (record, error) =>
+        log.error({ pod: describePod(record), error: error.message }, 'could not be made again'),
+      onTrouble: (error) => log.error({ error: error.message }, 'state and kernel could not be compared'),
+    });
+    truth.follow();
+    return truth;
   }
 
   /** What /metrics shows beside what is counted as it happens. */
@@ -570,6 +591,12 @@ export class Agent {
     return record;
   }
 
+  /** For pods that the agent enrols by itself. Throws CniError 2, 6 or 7, or what reading the file throws. */
+  get config(): RedirectConfig {
+    const { conf } = this.settings;
+    return settingsOf({ ...this.#directories(), ...(conf !== undefined && { conf }) }).config;
+  }
+
   #directories(): { stateDir: string; runDir: string } {
     const { stateDir, runDir } = this.settings;
     return { stateDir, runDir };
@@ -599,11 +626,7 @@ export class Agent {
   }
 
   #targetOf(key: AttachmentKey, record: AttachmentRecord): { target: Target; config: RedirectConfig } {
-    const { config } = settingsOf({
-      ...this.#directories(),
-      ...(this.settings.conf !== undefined && { conf: this.settings.conf }),
-    });
-    return { target: targetOf(key, record, 'pod'), config };
+    return { target: targetOf(key, record, 'pod'), config: this.config };
   }
 
   #recordOnly(record: AttachmentRecord, key: AttachmentKey): void {

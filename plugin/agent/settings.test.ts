@@ -22,6 +22,9 @@ test('defaults, where Istio has them Istio’s', () => {
     healthPort: 8_000,
     logLevel: 'info',
     nodeName: '',
+    kubeApi: '',
+    kubeCaFile: '',
+    kubeTokenFile: '',
     reconcileSeconds: 30,
     ztunnelWaitSeconds: 2,
   });
