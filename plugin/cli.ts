@@ -100,8 +100,8 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
     .addOption(listOption('--exclude-outbound-ports <list>', 'ports and ranges, also 8000-8100', parsePortRange))
     .addOption(listOption('--exclude-outbound-cidrs <list>', 'destinations, as IP prefixes', parseCidr))
     .option('--dns-capture', "its DNS queries go to the proxy's DNS port")
-    .action((options: DirectoryOptions & TrafficOptions & { conf?: string; netns: string; ifname: string }) => {
-      finish(enroll(loadNative(), terminal, settingsOf(options), options));
+    .action(async (options: DirectoryOptions & TrafficOptions & { conf?: string; netns: string; ifname: string }) => {
+      finish(await enroll(loadNative(), terminal, settingsOf(options), options));
     });
 
   const unenrollCommand = settingsOptions(command(program, 'unenroll', "takes a running pod's programs away"))
