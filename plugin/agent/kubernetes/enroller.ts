@@ -56,7 +56,9 @@ export interface EnrollerOptions {
    * Tells the proxy of a pod that is attached, and resolves when the proxy has it; "pending" while it does not. Not
    * there in the shared contract, where the maps say all.
    */
-  announce?: (record: AttachmentRecord, pod: KubernetesPod) => Promise<'acknowledged' | 'pending'>;
+  announce?: (attachment: Attachment, pod: KubernetesPod) => Promise<'acknowledged' | 'pending'>;
+  /** Why no pod can be attached at this moment, or null: a running pod without a proxy would lose its connections. */
+  proxyAbsent?: () => string | null;
   /** The programs of a pod are gone: the proxy is to forget it. */
   onDetached?: (record: AttachmentRecord) => void;
   /** seconds from the change to its being done, for each piece of work */
@@ -330,7 +332,10 @@ export class Enroller {
     reason: string,
   ): Promise<boolean> {
     const { native, state, config, log, announce, compare } = this.#options;
+    // It runs in the pods themselves, and its own pod is one like any that is not enrolled.
+    if (role === 'proxy' && config.proxy.contract === 'in-pod') return true;
     let record = attachment?.record;
+    let key = attachment?.key;
     if (record?.state === 'attaching' && Date.now() / 1000 - record.enrolledAt < ADD_SECONDS) {
       throw new NotYet('an ADD is at work');
     }
@@ -339,6 +344,7 @@ export class Enroller {
     const attached =
       record?.state === 'attached' &&
       record.role === role &&
+      record.contract === config.proxy.contract &&
       !isDraining(native, record) &&
       (this.#wishes.get(pod.uid) ?? text) === text;
     if (attached && attachment !== undefined && record !== undefined) {
@@ -349,12 +355,18 @@ export class Enroller {
         throw new Error(`${finding.object}: expected ${finding.expected}, found ${finding.found}`);
       }
     } else {
+      const absent = this.#options.proxyAbsent?.() ?? null;
+      if (absent !== null) {
+        await this.#annotate(pod, null);
+        throw new NotYet(absent);
+      }
       try {
         const place = attachment ?? (await this.#find(pod, ifname));
         if (place === null) return false;
         const target = this.#target(pod, place, ifname, role);
         record = attach(native, withWishes(config, wishes), { ...target, bypassInbound: wishes.bypassInbound });
-        this.#records.note(target.key, record);
+        key = target.key;
+        this.#records.note(key, record);
       } catch (error) {
         // What says "enabled" and is not makes every peer of the mesh fail.
         await this.#annotate(pod, null).catch(() => {});
@@ -364,8 +376,14 @@ export class Enroller {
       log('info', `attached ${describePod(record)}: ${reason}`, { uid: pod.uid, interface: record.hostIfname });
     }
     this.#wishes.set(pod.uid, text);
-    if (role === 'proxy' || record === undefined) return true;
-    const acknowledged = announce === undefined ? 'acknowledged' : await announce(record, pod);
+    if (role === 'proxy' || record === undefined || key === undefined) return true;
+    let acknowledged: 'acknowledged' | 'pending' = 'acknowledged';
+    try {
+      if (announce !== undefined) acknowledged = await announce({ key, record }, pod);
+    } catch (error) {
+      await this.#annotate(pod, 'pending').catch(() => {});
+      throw error;
+    }
     await this.#annotate(pod, acknowledged === 'acknowledged' ? 'enabled' : 'pending');
     return true;
   }
