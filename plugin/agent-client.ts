@@ -80,9 +80,13 @@ export async function announceAttachment(dirs: Directories, record: AttachmentRe
 }
 
 /** The pod is detached. Rejects as announceAttachment() does. */
-export async function withdrawAttachment(dirs: Directories, name: AttachmentName): Promise<void> {
+export async function withdrawAttachment(
+  dirs: Directories,
+  { network, containerId, ifname }: AttachmentName,
+): Promise<void> {
+  const body: AttachmentName = { network, containerId, ifname };
   try {
-    await callAgent(dirs.runDir, 'POST', '/v1/detach', name, DETACH_DEADLINE_MS);
+    await callAgent(dirs.runDir, 'POST', '/v1/detach', body, DETACH_DEADLINE_MS);
   } catch (error) {
     throw absentError(error);
   }

@@ -52,6 +52,12 @@ test.each([
   ['LOG_LEVEL', 'logLevel', 'debug', 'debug'],
   ['SYSTEM_NAMESPACE', 'proxyNamespace', 'mesh', 'mesh'],
   ['REDIRECT_MODE', 'redirectMode', 'eBPF', 'ebpf'],
+  [
+    'AMBIENT_ENABLEMENT_SELECTOR',
+    'enablementSelectors',
+    '- podSelector:\n    matchLabels: {a: b}\n',
+    [{ pod: [{ key: 'a', operator: 'In', values: ['b'] }], namespace: [] }],
+  ],
 ])('$%s', (variable, name, text, value) => {
   const settings = readSettings(tables, {}, { [variable]: text }) as Record<string, unknown>;
   expect(settings[name]).toEqual(value);
@@ -72,6 +78,8 @@ test.each([
   ['AMBIENT_REDIRECT_WAIT', '-1', 'It must be a number of seconds, or "forever".'],
   ['AMBIENT_REDIRECT_MAX_PODS', '4k', 'It must be a number.'],
   ['REDIRECT_MODE', 'iptables', 'It must be ebpf.'],
+  ['AMBIENT_ENABLEMENT_SELECTOR', 'a: 1', 'invalid enablementSelectors = {"a":1}: expected a list'],
+  ['AMBIENT_ENABLEMENT_SELECTOR', '[', 'Flow sequence must end with a ]'],
 ])('%s=%s is named', (variable, text, reason) => {
   expect(() => readSettings(tables, {}, { [variable]: text })).toThrow(`${variable}=${text}: ${reason}`);
 });

@@ -5,9 +5,12 @@
 
 import { readFileSync } from 'node:fs';
 import { InvalidArgumentError, Option } from 'commander';
+import { parse, YAMLError } from 'yaml';
 import { findEntry } from './cli/directories.ts';
+import { CniError } from './cni/errors.ts';
 import { type Fields, foldedField } from './install/json-text.ts';
 import { DEFAULT_RUN_DIR, DEFAULT_STATE_DIR, parseConfig } from './redirect/config.ts';
+import { type EnablementSelector, parseSelectors } from './redirect/selectors.ts';
 
 export interface Setting<T> {
   /** as commander takes it: "--cni-net-dir <directory>"; its long name in camel case is the key in the table */
@@ -55,13 +58,7 @@ export const DIRECTORY_SETTINGS = {
     'pinned state',
     directory,
   ),
-  runDir: setting(
-    '--run-dir <directory>',
-    ['AMBIENT_REDIRECT_RUN_DIR'],
-    DEFAULT_RUN_DIR,
-    'locks, agent.sock',
-    directory,
-  ),
+  runDir: setting('--run-dir <directory>', ['CNI_AGENT_RUN_DIR'], DEFAULT_RUN_DIR, 'locks, agent.sock', directory),
   cniNetDir: setting(
     '--cni-net-dir <directory>',
     ['MOUNTED_CNI_NET_DIR', 'CNI_NET_DIR'],
@@ -108,6 +105,12 @@ export const ENTRY_SETTINGS = {
     '--proxy-name <pattern>',
     ['AMBIENT_REDIRECT_PROXY_NAME'],
     "name of the proxy's pods, * for any characters",
+    String,
+  ),
+  proxyServiceAccount: optional(
+    '--proxy-service-account <pattern>',
+    ['AMBIENT_REDIRECT_PROXY_SERVICE_ACCOUNT'],
+    "service account of the proxy's pods, as far as it is known",
     String,
   ),
   failurePolicy: optional(
@@ -238,6 +241,12 @@ export const UNINSTALL_SETTINGS = {
 
 /** Of the agent's files and decisions; its other settings are in plugin/agent/. */
 export const MESH_SETTINGS = {
+  enablementSelectors: optional(
+    '--enablement-selectors <yaml>',
+    ['AMBIENT_ENABLEMENT_SELECTOR'],
+    "labels of pods and namespaces that are in the mesh, as in Istio's chart; without it those with istio.io/dataplane-mode",
+    selectors,
+  ),
   redirectMode: optional(
     '--redirect-mode <mode>',
     ['REDIRECT_MODE'],
@@ -315,6 +324,7 @@ export function entryOf(
   if (values.contract !== undefined) proxy.contract = values.contract;
   if (values.proxyNamespace !== undefined) match.namespace = values.proxyNamespace;
   if (values.proxyName !== undefined) match.name = values.proxyName;
+  if (values.proxyServiceAccount !== undefined) match.serviceAccount = values.proxyServiceAccount;
   if (Object.keys(match).length > 0) proxy.match = match;
   if (Object.keys(proxy).length > 0) entry.proxy = proxy;
   // Named where they are not the defaults, so that the plugin looks where install and agent do.
@@ -367,6 +377,15 @@ function seconds(text: string): number {
     throw new InvalidArgumentError('It must be a number of seconds, or "forever".');
   }
   return Number(text);
+}
+
+function selectors(text: string): readonly EnablementSelector[] {
+  try {
+    return parseSelectors(parse(text));
+  } catch (error) {
+    if (!(error instanceof CniError || error instanceof YAMLError)) throw error;
+    throw new InvalidArgumentError(error.message);
+  }
 }
 
 /** Istio's charts have it in either case. */

@@ -37,7 +37,7 @@ describe.runIf(missingControlPlane() === undefined).each(['tcx', 'clsact'] as co
       haproxy = new HAProxy(site.topology.testbed, ztunnel.sandbox.netns, 'only');
       await haproxy.start();
       web = await site.createPod({ namespace: 'shop', name: 'web' });
-      site.startAgent({ reconcileMs: PERIOD_MS });
+      site.startAgent({ reconcileSeconds: PERIOD_MS / 1000 });
       await site.untilRedirection(web, 'enabled');
       const opened = native.openState(site.topology.stateDir);
       state = opened;
@@ -62,12 +62,16 @@ describe.runIf(missingControlPlane() === undefined).each(['tcx', 'clsact'] as co
         native.close(netns);
       }
     };
-    const drifts = () => site.log().filter(({ text }) => text === 'drift');
+    const drifts = () => site.log().filter(({ msg }) => msg === 'the kernel is not as recorded');
 
     /** Breaks, waits until `whole` holds again, and returns what the agent said about it. */
     async function brokenAndRepaired(pod: SitePod, breaks: () => void, whole: () => boolean) {
       const before = drifts().length;
-      const repairs = () => site.log().filter(({ text }) => text === `repaired ${pod.namespace}/${pod.name}`).length;
+      const repairs = () =>
+        site
+          .log()
+          .filter(({ msg, pod: name }) => msg === 'made again as recorded' && name === `${pod.namespace}/${pod.name}`)
+          .length;
       const repaired = repairs();
       expect(whole()).toBe(true);
       breaks();
@@ -220,8 +224,24 @@ describe.runIf(missingControlPlane() === undefined).each(['tcx', 'clsact'] as co
       );
     });
 
+    test('each kind is counted', async () => {
+      for (const kind of [
+        'program',
+        'map',
+        'rule',
+        'route',
+        'sysctl',
+        'listener',
+        ...(hook === 'tcx' ? ['link'] : []),
+      ]) {
+        const counted = await site.metric('ambient_redirect_drift_total', { kind });
+        expect({ kind, counted }).toEqual({ kind, counted: drifts().filter((drift) => drift.kind === kind).length });
+        expect(counted).toBeGreaterThan(0);
+      }
+    });
+
     test('nothing was said of what was whole', () => {
-      expect(site.log().filter(({ text }) => String(text).startsWith('not repaired'))).toEqual([]);
+      expect(site.log().filter(({ msg }) => msg === 'could not be made again')).toEqual([]);
       expect(found(web).record.state).toBe('attached');
     });
   },

@@ -26,13 +26,13 @@ import type { AttachBody, AttachmentName, Decision } from '../agent-client.ts';
 import { attachmentKey, hex } from '../attachments.ts';
 import { settingsOf } from '../cli/directories.ts';
 import { CniError, Code } from '../cni/errors.ts';
-import { decide as decideTarget } from '../commands/target.ts';
-import { attach, describePod, detach, isDead, sweepDead, type Target, verify } from '../datapath.ts';
+import { decide as decideTarget, enrolmentOf } from '../commands/target.ts';
+import { attach, describePod, detach, isDead, sweepDead, type Target } from '../datapath.ts';
 import { beginDrain, isDraining, tryEndDrains } from '../drain.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.ts';
 import { countPending, listPending, type PendingPod, removePending } from '../pending.ts';
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
-import type { PodIdentity } from '../redirect/enrolment.ts';
+import { type PodIdentity, podIdentity } from '../redirect/enrolment.ts';
 import { hasCode, isNativeError, kernelReason, openState } from '../state.ts';
 import { ZdsError, ZdsServer } from '../zds/server.ts';
 import type { AgentLog } from './log.ts';
@@ -41,6 +41,7 @@ import { openWorkloadNetns } from './netns.ts';
 import { Readiness } from './readiness.ts';
 import { type Workload, WorkloadRegistry } from './registry.ts';
 import type { AgentSettings } from './settings.ts';
+import { Truth } from './truth.ts';
 
 /** What a directory says of a pod that it knows. */
 export interface PodEntry {
@@ -96,6 +97,8 @@ export class Agent {
   readonly #acknowledged = new Set<string>();
   readonly #counted = new Map<string, { packets: bigint; bytes: bigint }>();
   #zds: ZdsServer | undefined;
+  #truth: Truth | undefined;
+  #compared = false;
   #lock: number | undefined;
   #timer: NodeJS.Timeout | undefined;
   #reconciling: Promise<void> | undefined;
@@ -105,6 +108,7 @@ export class Agent {
     this.native = native;
     this.settings = settings;
     this.log = log;
+    this.readiness.add('state', () => (this.#compared ? null : 'state and kernel have not been compared yet'));
     this.readiness.add('zds', () => (this.#zds === undefined ? `${settings.zdsSocket} is not served yet` : null));
   }
 
@@ -122,9 +126,11 @@ export class Agent {
     try {
       assertSharedBpffs(this.settings.stateDir);
       await this.#rebuild();
+      this.#truth = this.#holdToTheTruth();
       mkdirSync(dirname(this.settings.zdsSocket), { recursive: true, mode: 0o755 });
       this.#zds = this.#serveZds();
     } catch (error) {
+      await this.#truth?.stop();
       this.#releaseLock();
       throw error;
     }
@@ -136,6 +142,7 @@ export class Agent {
     this.#stopped = true;
     clearTimeout(this.#timer);
     this.#zds?.close();
+    await this.#truth?.stop();
     await this.#reconciling;
     this.#releaseLock();
   }
@@ -231,7 +238,12 @@ export class Agent {
 
   async #enrolOne(key: AttachmentKey, record: AttachmentRecord, pending: PendingPod | undefined): Promise<void> {
     const inMesh = record.state === 'attached' && record.role === 'pod' && !isDraining(this.native, record);
-    const { target, config } = pending === undefined ? this.#targetOf(key, record) : this.#replay(pending);
+    const { target, config } = pending === undefined ? this.#targetOf(key, record) : await this.#replay(pending);
+    if (target.role !== 'pod') {
+      removePending(this.settings.runDir, key);
+      this.log.info({ pod: describePod(record) }, 'is not to be in the mesh after all');
+      return;
+    }
     if (!inMesh) {
       if (config.proxy.contract === 'in-pod' && this.#zds?.isLive !== true) throw this.#noZtunnel();
       attach(this.native, config, target);
@@ -239,11 +251,13 @@ export class Agent {
     removePending(this.settings.runDir, key);
     const now = this.#withState((state) => this.native.getAttachment(state, key)) ?? record;
     if (now.contract === 'shared') {
+      if (!inMesh) this.log.info({ pod: describePod(now) }, 'enrolled late');
       this.events.emit('enrolled', podOf(now));
       return;
     }
     try {
       await this.#tell(key, now, DEADLINE_MS);
+      if (!inMesh) this.log.info({ pod: describePod(now) }, 'enrolled late');
     } catch (error) {
       if (!inMesh) {
         detach(this.native, this.#directories(), key);
@@ -256,7 +270,6 @@ export class Agent {
   /** Puts the pod into the registry and waits for ztunnel's Ack; takes it out again on failure. Throws CniError. */
   async #tell(key: AttachmentKey, record: AttachmentRecord, deadlineMs: number): Promise<void> {
     const id = hex(key);
-    const known = this.registry.uidOf(id) !== undefined;
     const uid = await this.#register(key, record);
     const zds = this.#zds;
     if (zds === undefined) throw this.#noZtunnel();
@@ -264,7 +277,8 @@ export class Agent {
       await zds.add(uid, { waitMs: this.settings.ztunnelWaitSeconds * 1_000, deadlineMs });
     } catch (error) {
       if (!(error instanceof ZdsError)) throw error;
-      if (!known) await this.#leave(id);
+      // One that was served stays: it is for a reconciliation to get it back.
+      if (!this.#acknowledged.has(uid)) await this.#leave(id);
       throw cniErrorOf(error, describePod(record));
     }
     // The plugin may have given up meanwhile, and undone what it did.
@@ -343,11 +357,19 @@ export class Agent {
     this.log.info({ pods: known, stateDir: this.settings.stateDir }, 'the recorded pods are known');
   }
 
+  /** Names, counts and mends what the kernel has otherwise than recorded at these host-side interfaces. */
+  async compare(ifindexes: ReadonlySet<number>): Promise<void> {
+    await this.#truth?.compare(ifindexes);
+  }
+
   reconcile(cause: string): Promise<void> {
     this.metrics.reconcileEvents.inc({ type: cause });
     const before = this.#reconciling ?? Promise.resolve();
     const run = before
       .then(() => this.#reconcile())
+      .then(() => {
+        this.#compared = true;
+      })
       .catch((error: unknown) => {
         this.log.error({ cause, error: messageOf(error) }, 'state and kernel could not be compared');
       });
@@ -379,8 +401,8 @@ export class Agent {
           this.log.warn({ pod: describePod(record), error: messageOf(error) }, 'a recorded pod cannot be served');
         }
       }
-      this.#verify(key, record);
     }
+    await this.#truth?.compare();
     await this.#tellUnacknowledged();
     await this.#enrolPending();
   }
@@ -413,19 +435,28 @@ export class Agent {
       }
       try {
         await this.#enrolOne(pending.key, record, pending);
-        this.log.info({ pod: describePod(record) }, 'enrolled late');
       } catch (error) {
         this.log.debug({ pod: describePod(record), error: messageOf(error) }, 'cannot be enrolled yet');
       }
     }
   }
 
-  #verify(key: AttachmentKey, record: AttachmentRecord): void {
-    const findings = this.#withState((state) => verify(this.native, state, this.#directories(), key, record)) ?? [];
-    for (const { object, expected, found } of findings) {
-      this.metrics.drift.inc({ kind: 'kernel' });
-      this.log.error({ pod: describePod(record), object, expected, found }, 'the kernel is not as recorded');
-    }
+  #holdToTheTruth(): Truth {
+    const { native, log, metrics } = this;
+    const truth = new Truth({
+      native,
+      config: this.config,
+      onDrift: ({ kind, ...what }) => {
+        metrics.drift.inc({ kind });
+        log.error({ kind, ...what }, 'the kernel is not as recorded');
+      },
+      onRepaired: (record) => log.info({ pod: describePod(record) }, 'made again as recorded'),
+      onUnrepaired: (record, error) =>
+        log.error({ pod: describePod(record), error: error.message }, 'could not be made again'),
+      onTrouble: (error) => log.error({ error: error.message }, 'state and kernel could not be compared'),
+    });
+    truth.follow();
+    return truth;
   }
 
   /** What /metrics shows beside what is counted as it happens. */
@@ -558,6 +589,12 @@ export class Agent {
     return record;
   }
 
+  /** For pods that the agent enrols by itself. Throws CniError 2, 6 or 7, or what reading the file throws. */
+  get config(): RedirectConfig {
+    const { conf } = this.settings;
+    return settingsOf({ ...this.#directories(), ...(conf !== undefined && { conf }) }).config;
+  }
+
   #directories(): { stateDir: string; runDir: string } {
     const { stateDir, runDir } = this.settings;
     return { stateDir, runDir };
@@ -569,24 +606,25 @@ export class Agent {
     });
   }
 
-  /** A request that ADD could not fulfil, as it would be decided now. */
-  #replay({ request }: PendingPod): { target: Target; config: RedirectConfig } {
+  /** A request that ADD could not fulfil, as it is decided now. */
+  async #replay({ request }: PendingPod): Promise<{ target: Target; config: RedirectConfig }> {
     const config = parseConfig(request.conf.raw);
+    let answer: Decision | undefined;
+    if (enrolmentOf(request, config).role === 'undecided') {
+      answer = await this.decide(podIdentity(request.args) ?? { namespace: '', name: '', uid: '' });
+    }
     const netns = this.native.openNetns(request.netns);
     try {
-      const { target, config: wanted } = decideTarget(this.native, request, netns, config, true);
-      return { target: { ...target, role: 'pod', strict: false }, config: wanted };
+      const { target, config: wanted } = decideTarget(this.native, request, netns, config, answer?.enrol);
+      const pod = { ...target.pod, serviceAccount: answer?.serviceAccount ?? target.pod.serviceAccount };
+      return { target: { ...target, pod, strict: false }, config: wanted };
     } finally {
       this.native.close(netns);
     }
   }
 
   #targetOf(key: AttachmentKey, record: AttachmentRecord): { target: Target; config: RedirectConfig } {
-    const { config } = settingsOf({
-      ...this.#directories(),
-      ...(this.settings.conf !== undefined && { conf: this.settings.conf }),
-    });
-    return { target: targetOf(key, record, 'pod'), config };
+    return { target: targetOf(key, record, 'pod'), config: this.config };
   }
 
   #recordOnly(record: AttachmentRecord, key: AttachmentKey): void {

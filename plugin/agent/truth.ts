@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Holds what is recorded against what the kernel has, names each difference and puts it right: when the agent starts, at
-// an interval, and when the kernel tells that a link of the node, its qdiscs or filters have changed. The record is the
-// measure, so that nothing depends on the API: what it says is made again as it was.
+// Holds what is recorded against what the kernel has, names each difference and puts it right: whenever the agent asks,
+// and when the kernel tells that a link of the node, its qdiscs or filters have changed. The record is the measure, so
+// that nothing depends on the API: what it says is made again as it was.
 
 import { hex } from '../attachments.ts';
 import { listenerState } from '../cli/survey.ts';
@@ -24,8 +24,6 @@ export interface Drift {
 export interface TruthOptions {
   native: Native;
   config: RedirectConfig;
-  /** milliseconds between comparisons of everything */
-  intervalMs: number;
   onDrift: (drift: Drift) => void;
   onRepaired: (record: AttachmentRecord) => void;
   /** it stays as it is until the next comparison */
@@ -57,7 +55,6 @@ export class Truth {
   readonly #listening = new Set<string>();
   readonly #changed = new Set<number>();
   #running: Promise<unknown> = Promise.resolve();
-  #timer: NodeJS.Timeout | undefined;
   #eventTimer: NodeJS.Timeout | undefined;
   #unwatch: (() => void) | undefined;
   #stopped = false;
@@ -66,8 +63,8 @@ export class Truth {
     this.#options = options;
   }
 
-  /** From now on, until stop(). The first comparison is the caller's: compare(). */
-  start(): void {
+  /** Follows the kernel's events until stop(). */
+  follow(): void {
     const { native } = this.#options;
     const socket = native.openLinkEvents();
     const unwatch = native.watchReadable(socket, () => this.#onEvents(native.readLinkEvents(socket)));
@@ -75,12 +72,10 @@ export class Truth {
       unwatch();
       native.close(socket);
     };
-    this.#schedule();
   }
 
   async stop(): Promise<void> {
     this.#stopped = true;
-    clearTimeout(this.#timer);
     clearTimeout(this.#eventTimer);
     this.#unwatch?.();
     await this.#running;
@@ -93,11 +88,6 @@ export class Truth {
       .catch((error: Error) => this.#options.onTrouble(error));
     this.#running = run;
     return run;
-  }
-
-  #schedule(): void {
-    if (this.#stopped) return;
-    this.#timer = setTimeout(() => void this.compare().then(() => this.#schedule()), this.#options.intervalMs);
   }
 
   #onEvents(ifindexes: number[] | null): void {
@@ -149,7 +139,12 @@ export class Truth {
         await new Promise(setImmediate);
         slice = performance.now();
       }
-      if (this.#findings(state, recorded, direct).length > 0) suspects.push(recorded);
+      try {
+        if (this.#findings(state, recorded, direct).length > 0) suspects.push(recorded);
+      } catch (error) {
+        // One pod that cannot be looked at is no reason not to look at the others.
+        this.#options.onUnrepaired(recorded.record, error as Error);
+      }
     }
     return suspects;
   }

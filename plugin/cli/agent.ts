@@ -3,6 +3,7 @@
 
 import { Agent } from '../agent/agent.ts';
 import { servePorts } from '../agent/http.ts';
+import { addKubernetes, clusterAccess } from '../agent/kubernetes/part.ts';
 import { createAgentLog } from '../agent/log.ts';
 import type { AgentSettings } from '../agent/settings.ts';
 import { serveAgentSocket } from '../agent/socket.ts';
@@ -20,6 +21,8 @@ export async function agent(native: Native, settings: AgentSettings): Promise<nu
       const onError = (error: Error) => log.error({ error: error.message }, 'the earlier list of pods stays in force');
       running.directories.push(new WorkloadsFile(settings.workloads, onError));
     }
+    const access = clusterAccess(settings);
+    const kubernetes = access === undefined ? undefined : addKubernetes(running, access);
     await running.start();
     close.unshift(() => running.stop());
     const socket = await serveAgentSocket(running);
@@ -28,6 +31,8 @@ export async function agent(native: Native, settings: AgentSettings): Promise<nu
     close.unshift(() => ports.close());
     log.info({ zds: settings.zdsSocket, monitoring: ports.monitoring, health: ports.health }, 'the agent serves');
     await running.reconcile('start');
+    kubernetes?.start();
+    if (kubernetes !== undefined) close.unshift(() => kubernetes.stop());
     log.info({ signal: await signal }, 'the agent ends; what it attached stays');
     return 0;
   } catch (error) {

@@ -2,7 +2,7 @@
 // Our entry in the node's network directory: there once, in the right file, or nowhere. What `install` does, and what
 // the agent does again whenever another tool has written there.
 
-import { existsSync, mkdirSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Code } from '../cni/errors.ts';
 import type { Native } from '../native.ts';
@@ -17,7 +17,7 @@ import {
   withEntry,
   withoutEntry,
 } from './conflist.ts';
-import { removeUnfinished, type Step } from './files.ts';
+import { removeUnfinished, replaceFile, type Step } from './files.ts';
 import {
   ChangedMeanwhile,
   type FoundFile,
@@ -31,9 +31,9 @@ import {
 export interface EntryOptions {
   netDir: string;
   /** the file to be in; undefined: the first valid one */
-  confName: string | undefined;
+  confName?: string | undefined;
   /** name of a list of our own instead of an entry in the primary's; undefined: in the primary's */
-  ownedName: string | undefined;
+  ownedName?: string | undefined;
   wanted: Wanted;
   groupRead: boolean;
 }
@@ -222,11 +222,34 @@ export function isUninstalled(runDir: string): boolean {
   return existsSync(uninstallMarker(runDir));
 }
 
+/** From now on an agent does nothing any more for the entry, or for pods. */
 export function markUninstalled(runDir: string): void {
   mkdirSync(runDir, { recursive: true, mode: 0o700 });
   writeFileSync(uninstallMarker(runDir), '', { mode: 0o600 });
+  rmSync(installedFile(runDir), { force: true });
 }
 
 export function unmarkUninstalled(runDir: string): void {
   rmSync(uninstallMarker(runDir), { force: true });
+}
+
+/** What the last install was told, for the agent, which repairs what it made. */
+function installedFile(runDir: string): string {
+  return join(runDir, 'install.json');
+}
+
+/** The caller holds the install lock. */
+export function rememberInstall(runDir: string, options: EntryOptions): void {
+  const owner = { uid: process.getuid?.() ?? 0, gid: process.getgid?.() ?? 0 };
+  replaceFile(installedFile(runDir), Buffer.from(JSON.stringify(options)), { ...owner, mode: 0o600 });
+}
+
+/** undefined: install was not run since the node booted, or uninstall since. */
+export function rememberedInstall(runDir: string): EntryOptions | undefined {
+  try {
+    return JSON.parse(readFileSync(installedFile(runDir), 'utf8')) as EntryOptions;
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
+    throw error;
+  }
 }

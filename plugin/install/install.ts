@@ -4,7 +4,14 @@
 
 import { watch } from 'node:fs';
 import type { Native } from '../native.ts';
-import { type Ensured, type EntryOptions, ensureEntry, installLocked, unmarkUninstalled } from './entry.ts';
+import {
+  type Ensured,
+  type EntryOptions,
+  ensureEntry,
+  installLocked,
+  rememberInstall,
+  unmarkUninstalled,
+} from './entry.ts';
 import { type Executable, placeExecutable } from './executable.ts';
 import type { Step } from './files.ts';
 
@@ -33,7 +40,12 @@ export async function install(
   const { runDir, netDir, binDir, executable, wait } = options;
   // Before anything else, so that an agent that runs does not take the node for one that is being left.
   unmarkUninstalled(runDir);
-  const executableChanged = installLocked(native, runDir, () => placeExecutable(executable, binDir, step));
+  const executableChanged = installLocked(native, runDir, () => {
+    const changed = placeExecutable(executable, binDir, step);
+    const { confName, ownedName, wanted, groupRead } = options;
+    rememberInstall(runDir, { netDir, confName, ownedName, wanted, groupRead });
+    return changed;
+  });
   const deadline = performance.now() + wait * 1000;
   for (let first = true; ; first = false) {
     const changed = watchFor(netDir, Math.min(POLL_MILLISECONDS, deadline - performance.now()));

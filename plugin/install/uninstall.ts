@@ -57,23 +57,25 @@ export async function uninstall(
   for (const note of installLocked(native, runDir, () => removeEntries(netDir, step))) report(note);
   const entryGone = performance.now();
 
-  const stateDirs = [...new Set([options.stateDir, ...knownStateDirs(runDir)])];
   const outcome: Uninstalled = { pods: [], cut: 0, executableKept: '' };
   const deadline = entryGone + options.drainTimeout * 1000;
-  for (const stateDir of stateDirs) {
+  for (const stateDir of new Set([options.stateDir, ...knownStateDirs(runDir)])) {
     await leaveState(native, { stateDir, runDir }, deadline, outcome, report, step);
   }
-  for (const file of ['draining', 'state-dirs']) rmSync(join(runDir, file), { force: true });
-
   await options.unannotate?.();
   step('annotations removed');
 
   await delay(Math.max(0, options.executableDelay * 1000 - (performance.now() - entryGone)));
+  // An ADD that had begun before the entry went may have made state since.
+  for (const stateDir of new Set([options.stateDir, ...knownStateDirs(runDir)])) {
+    await leaveState(native, { stateDir, runDir }, deadline, outcome, report, step);
+  }
   outcome.executableKept = installLocked(native, runDir, () => {
     const kept = whyExecutableStays(netDir, existsSync(crioSocket) ? cniCacheDir : undefined);
     if (kept === '') removeExecutable(binDir, step);
     return kept;
   });
+  for (const file of ['draining', 'state-dirs']) rmSync(join(runDir, file), { force: true });
   return outcome;
 }
 

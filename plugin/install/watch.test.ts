@@ -7,7 +7,14 @@ import { join } from 'node:path';
 import { afterAll, afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { until } from '../../conformance/netns.ts';
 import { loadNative } from '../addon.ts';
-import { type EntryOptions, installLocked, markUninstalled, unmarkUninstalled } from './entry.ts';
+import {
+  type EntryOptions,
+  installLocked,
+  isUninstalled,
+  markUninstalled,
+  rememberInstall,
+  unmarkUninstalled,
+} from './entry.ts';
 import { filesThatRefer } from './network-directory.ts';
 import { ConflistWatch, type Pace } from './watch.ts';
 
@@ -33,8 +40,8 @@ beforeEach(() => {
 afterEach(() => watch?.stop());
 
 function start(more: Partial<EntryOptions> = {}, otherPace: Partial<Pace> = {}): ConflistWatch {
-  const options = { netDir, confName: undefined, ownedName: undefined, groupRead: false, wanted: { entry }, ...more };
-  watch = new ConflistWatch(native, runDir, options, { ...pace, ...otherPace });
+  rememberInstall(runDir, { netDir, groupRead: false, wanted: { entry }, ...more });
+  watch = new ConflistWatch(native, runDir, { ...pace, ...otherPace });
   watch.on('fighting', (sentence) => fights.push(sentence));
   watch.on('state', ({ entry }) => states.push(entry));
   watch.start();
@@ -218,9 +225,22 @@ test('uninstall is not worked against, until somebody installs', async () => {
   markUninstalled(runDir);
   put('10.conflist', conflist('ptp'));
   await until('it knows', () => watch?.state.entry === 'uninstalled');
-  expect(filesThatRefer(netDir)).toEqual([]);
+  expect([filesThatRefer(netDir), isUninstalled(runDir)]).toEqual([[], true]);
   unmarkUninstalled(runDir);
+  await until(
+    'it does not know of an install',
+    () => watch?.state.reason === 'install was not run since this node booted',
+  );
+  rememberInstall(runDir, { netDir, groupRead: false, wanted: { entry } });
   await repaired('10.conflist', ['ptp', 'ambient-redirect']);
+});
+
+test('an install with other settings is followed', async () => {
+  put('10.conflist', conflist('ptp'));
+  start({}, { period: 20 });
+  rememberInstall(runDir, { netDir, groupRead: false, ownedName: '01.conflist', wanted: { entry } });
+  await repaired('01.conflist', ['ptp', 'ambient-redirect']);
+  await repaired('10.conflist', ['ptp']);
 });
 
 test('while an install is at work it waits its turn', async () => {
@@ -239,18 +259,8 @@ test('stopped it does nothing any more', async () => {
   stopped.stop();
   const { looks } = stopped.state;
   put('10.conflist', conflist('ptp'));
-  const other = new ConflistWatch(
-    native,
-    runDir,
-    {
-      netDir,
-      confName: 'none.conflist',
-      ownedName: undefined,
-      groupRead: false,
-      wanted: { entry },
-    },
-    { ...pace, period: 5 },
-  );
+  rememberInstall(runDir, { netDir, groupRead: false, confName: 'none.conflist', wanted: { entry } });
+  const other = new ConflistWatch(native, runDir, { ...pace, period: 5 });
   other.start();
   // Another watch of the same directory has looked some times meanwhile.
   await until('time has passed', () => other.state.looks > 5);

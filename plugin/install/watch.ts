@@ -15,6 +15,7 @@ import {
   InstallLockHeld,
   installLocked,
   isUninstalled,
+  rememberedInstall,
 } from './entry.ts';
 import { findPrimary, readNetworkDirectory } from './network-directory.ts';
 
@@ -37,7 +38,10 @@ const PACE: Pace = { settle: 50, first: 250, longest: 15_000, quiet: 60_000, per
 const FIGHT = 5;
 
 export interface WatchState {
-  /** there: the entry is in the file that the runtime reads. absent: no primary configuration is there. */
+  /**
+   * there: the entry is in the file that the runtime reads. absent: no primary configuration is there. uninstalled:
+   * nobody wants it there, see `reason`
+   */
   entry: 'unknown' | 'there' | 'absent' | 'failed' | 'uninstalled';
   /** the file with the entry, or '' */
   file: string;
@@ -60,8 +64,9 @@ interface Events {
 export class ConflistWatch extends EventEmitter<Events> {
   readonly #native: Native;
   readonly #runDir: string;
-  readonly #options: EntryOptions;
   readonly #pace: Pace;
+  /** as the last install said */
+  #options: EntryOptions | undefined;
   #watcher: FSWatcher | undefined;
   /** of the directory that is watched: one that is made anew has another */
   #directory = '';
@@ -73,11 +78,11 @@ export class ConflistWatch extends EventEmitter<Events> {
   #state: WatchState = { entry: 'unknown', file: '', reason: '', looks: 0, repairs: 0 };
   #running = false;
 
-  constructor(native: Native, runDir: string, options: EntryOptions, pace: Partial<Pace> = {}) {
+  /** What to keep, and where, is what `install` with this runDir was told the last time. */
+  constructor(native: Native, runDir: string, pace: Partial<Pace> = {}) {
     super();
     this.#native = native;
     this.#runDir = runDir;
-    this.#options = options;
     this.#pace = { ...PACE, ...pace };
   }
 
@@ -103,11 +108,12 @@ export class ConflistWatch extends EventEmitter<Events> {
   #look(): void {
     if (!this.#running) return;
     this.#timer = undefined;
-    // Before the look, so that a change that comes during it leads to another.
-    this.#watchDirectory();
     this.#state = { ...this.#state, looks: this.#state.looks + 1 };
     let next = this.#pace.period;
     try {
+      this.#options = rememberedInstall(this.#runDir);
+      // Before the look, so that a change that comes during it leads to another.
+      this.#watchDirectory();
       this.#ensure();
     } catch (error) {
       if (error instanceof InstallLockHeld) next = this.#pace.settle;
@@ -122,14 +128,19 @@ export class ConflistWatch extends EventEmitter<Events> {
   }
 
   #ensure(): void {
+    const options = this.#options;
     if (isUninstalled(this.#runDir)) {
       this.#change('uninstalled', '', 'uninstall was run on this node; install undoes it');
       return;
     }
+    if (options === undefined) {
+      this.#change('uninstalled', '', 'install was not run since this node booted');
+      return;
+    }
     // The event loop stands still while it waits for the lock.
-    const ensured = installLocked(this.#native, this.#runDir, () => ensureEntry(this.#options), 0);
+    const ensured = installLocked(this.#native, this.#runDir, () => ensureEntry(options), 0);
     if (ensured === null) {
-      const { netDir, confName } = this.#options;
+      const { netDir, confName } = options;
       this.#change(
         'absent',
         '',
@@ -144,7 +155,7 @@ export class ConflistWatch extends EventEmitter<Events> {
     this.#pause = this.#pause === 0 ? this.#pace.first : Math.min(this.#pause * 2, this.#pace.longest);
     this.#inARow += 1;
     this.emit('repaired', ensured);
-    if (this.#inARow === FIGHT) this.emit('fighting', this.#whoFights(ensured));
+    if (this.#inARow === FIGHT) this.emit('fighting', whoFights(options, ensured));
   }
 
   #change(entry: WatchState['entry'], file: string, reason: string): void {
@@ -165,11 +176,13 @@ export class ConflistWatch extends EventEmitter<Events> {
 
   /** inotify watches an inode, not a path. */
   #watchDirectory(): void {
-    const { netDir } = this.#options;
+    const netDir = this.#options?.netDir;
     let directory = '';
     try {
-      const { dev, ino } = statSync(netDir, { bigint: true });
-      directory = `${dev}:${ino}`;
+      if (netDir !== undefined) {
+        const { dev, ino } = statSync(netDir, { bigint: true });
+        directory = `${dev}:${ino}`;
+      }
     } catch {
       // The look says why.
     }
@@ -177,7 +190,7 @@ export class ConflistWatch extends EventEmitter<Events> {
     this.#watcher?.close();
     this.#watcher = undefined;
     this.#directory = directory;
-    if (directory === '') return;
+    if (directory === '' || netDir === undefined) return;
     try {
       this.#watcher = watch(netDir, { persistent: true }, () => this.#schedule(this.#pace.settle));
       this.#watcher.on('error', () => {
@@ -188,18 +201,16 @@ export class ConflistWatch extends EventEmitter<Events> {
       // No inotify watch to be had (fs.inotify.max_user_watches): the periodic look is what there is.
     }
   }
+}
 
-  #whoFights({ primary }: Ensured): string {
-    const { netDir, confName } = this.#options;
-    const found = readNetworkDirectory(netDir);
-    const types = findPrimary(found, confName)?.file.plugins.map(({ type }) => type) ?? [];
-    const suspects = [...new Set(types.flatMap((type) => WRITERS[type] ?? []))];
-    const who = suspects.length > 0 ? suspects.join(', or ') : `whoever installs ${types[0] ?? 'the primary plugin'}`;
-    return (
-      `${join(netDir, primary)} was changed back ${FIGHT} times in a row: ${who} may write it again and again; ` +
-      'repairs are slowed down. An owned conflist (ISTIO_OWNED_CNI_CONFIG=true) leaves the file to it'
-    );
-  }
+function whoFights({ netDir, confName }: EntryOptions, { primary }: Ensured): string {
+  const types = findPrimary(readNetworkDirectory(netDir), confName)?.file.plugins.map(({ type }) => type) ?? [];
+  const suspects = [...new Set(types.flatMap((type) => WRITERS[type] ?? []))];
+  const who = suspects.length > 0 ? suspects.join(', or ') : `whoever installs ${types[0] ?? 'the primary plugin'}`;
+  return (
+    `${join(netDir, primary)} was changed back ${FIGHT} times in a row: ${who} may write it again and again; ` +
+    'repairs are slowed down. An owned conflist (ISTIO_OWNED_CNI_CONFIG=true) leaves the file to it'
+  );
 }
 
 /** Who writes conflists with such an entry, by their own documentation. */

@@ -7,13 +7,14 @@
 // the API is away the copies stay, so nothing is detached; a pod that a list does not name is asked for by itself
 // before it is taken for gone.
 
-import { attachmentKey, hex } from '../../attachments.ts';
+import { attachmentKey } from '../../attachments.ts';
 import { withWishes } from '../../commands/target.ts';
 import { attach, describePod, detachRecord, isDead, type Target, verify } from '../../datapath.ts';
 import { beginDrain, endDrain, isDraining, proxiedConnections } from '../../drain.ts';
 import type { AttachmentRecord, Native, State } from '../../native.ts';
 import { trafficAnnotations } from '../../redirect/annotations.ts';
 import type { RedirectConfig } from '../../redirect/config.ts';
+import type { EnablementSelector } from '../../redirect/selectors.ts';
 import { type Api, ApiError } from './api.ts';
 import { enrolmentOf } from './enrolment.ts';
 import { Mirror } from './mirror.ts';
@@ -39,6 +40,7 @@ export type LogLine = (
 export interface EnrollerOptions {
   native: Native;
   config: RedirectConfig;
+  enablementSelectors?: readonly EnablementSelector[] | undefined;
   /** name of the network in the conflist: part of an attachment's key */
   network: string;
   state: State;
@@ -47,27 +49,20 @@ export interface EnrollerOptions {
   /** asked in this order for the sandbox of a pod without a record */
   sandboxes: readonly SandboxSource[];
   log: LogLine;
+  /** Names, counts and mends what of an attachment is not as recorded. */
+  compare: (record: AttachmentRecord) => Promise<void>;
   /**
    * Tells the proxy of a pod that is attached, and resolves when the proxy has it; "pending" while it does not. Not
    * there in the shared contract, where the maps say all.
    */
   announce?: (record: AttachmentRecord, pod: KubernetesPod) => Promise<'acknowledged' | 'pending'>;
-  /** The other way: the proxy is to forget the pod. */
-  withdraw?: (record: AttachmentRecord) => Promise<void>;
-  /** for tests; default [5, 15000] */
-  retry?: readonly [number, number];
-  watchSeconds?: number;
-  idleMs?: number;
+  /** The programs of a pod are gone: the proxy is to forget it. */
+  onDetached?: (record: AttachmentRecord) => void;
+  /** seconds from the change to its being done, for each piece of work */
+  onReconciled?: (seconds: number) => void;
 }
 
 export type Answer = { enrolled: boolean; reason: string; serviceAccount: string };
-
-export interface EnrollerCounters {
-  /** "attached", "repaired", "drained", "detached", "annotated", "failed" */
-  readonly events: Map<string, number>;
-  /** seconds from the change to its being done, for each piece of work */
-  onReconciled: (seconds: number) => void;
-}
 
 const INTERFACE = 'eth0';
 const PARALLEL = 16;
@@ -78,6 +73,7 @@ const ADD_SECONDS = 30;
 /** Failures of a pod before it gets an Event: shorter troubles are nobody's business. */
 const TRIES_BEFORE_EVENT = 4;
 const EVENT_INTERVAL_MS = 300_000;
+const EVENT_RETRY_MS = 15_000;
 /** metadata.uid is a UUID; this is what kubelet makes for a pod from a file. */
 const STATIC_UID = /^[0-9a-f]{32}$/;
 
@@ -88,8 +84,8 @@ export class Enroller {
   readonly pods: Mirror<KubernetesPod>;
   readonly namespaces: Mirror<KubernetesNamespace>;
   readonly queue: WorkQueue;
+  /** of "attached", "drained", "detached", "annotated", "failed" */
   readonly counts = new Map<string, number>();
-  onReconciled: (seconds: number) => void = () => {};
   readonly #options: EnrollerOptions;
   readonly #records: Records;
   /** by UID; those of the API's copy */
@@ -106,10 +102,6 @@ export class Enroller {
     this.#options = options;
     const { native, state, api, nodeName, log } = options;
     this.#records = new Records(native, state);
-    const tuning = {
-      ...(options.watchSeconds !== undefined && { watchSeconds: options.watchSeconds }),
-      ...(options.idleMs !== undefined && { idleMs: options.idleMs }),
-    };
     this.pods = new Mirror({
       api,
       path: '/api/v1/pods',
@@ -118,7 +110,6 @@ export class Enroller {
       onChange: (before, after) => this.#podChanged(before, after),
       onSynced: () => this.#compare(),
       onTrouble: (error) => this.#trouble('pods', error),
-      ...tuning,
     });
     this.namespaces = new Mirror({
       api,
@@ -127,15 +118,14 @@ export class Enroller {
       onChange: (before, after) => this.#namespaceChanged(before, after),
       onSynced: () => this.#compare(),
       onTrouble: (error) => this.#trouble('namespaces', error),
-      ...tuning,
     });
     this.queue = new WorkQueue({
       parallel: PARALLEL,
-      retry: options.retry ?? [5, 15_000],
+      retry: [5, 15_000],
       work: (uid) => this.#reconcile(uid),
       onDone: (uid, seconds) => {
         this.#lastEvent.delete(uid);
-        this.onReconciled(seconds);
+        this.#options.onReconciled?.(seconds);
       },
       onFailure: (uid, error, tries) => this.#failed(uid, error, tries),
     });
@@ -156,14 +146,16 @@ export class Enroller {
     await Promise.all([...this.#runs, this.queue.stop()]);
   }
 
-  /** Every pod that was there at the start has been looked at. */
-  get settled(): boolean {
-    return this.pods.synced && this.namespaces.synced && this.queue.depth === this.queue.failing;
-  }
+  #settled = false;
 
   /** Why the agent is not ready, as far as the API and the pods are concerned; [] if it is. */
   notReady(): string[] {
     const reasons: string[] = [];
+    if (!this.#settled) {
+      const { depth, failing } = this.queue;
+      if (this.pods.synced && this.namespaces.synced && depth <= failing) this.#settled = true;
+      else if (depth > failing) reasons.push(`${depth - failing} pods have not been looked at yet`);
+    }
     for (const [what, mirror] of [
       ['pods', this.pods],
       ['namespaces', this.namespaces],
@@ -195,7 +187,7 @@ export class Enroller {
     asked: { namespace: string; name: string; uid: string; ifname: string },
     waitMs = 1_000,
   ): Promise<Answer> {
-    const { config, api } = this.#options;
+    const { api } = this.#options;
     const find = () => {
       const pod = this.pods.get(`${asked.namespace}/${asked.name}`);
       return pod !== undefined && (asked.uid === '' || identitiesOf(pod).includes(asked.uid)) ? pod : undefined;
@@ -225,8 +217,13 @@ export class Enroller {
       const object = await api.get(`/api/v1/namespaces/${pod.namespace}`);
       if (object !== null) namespace = projectNamespace(object);
     }
-    const { role, reason } = enrolmentOf(config, pod, namespace, asked.ifname);
+    const { role, reason } = this.#decide(pod, namespace, asked.ifname);
     return { enrolled: role === 'pod', reason, serviceAccount: pod.serviceAccount };
+  }
+
+  #decide(pod: KubernetesPod, namespace: KubernetesNamespace | undefined, ifname: string) {
+    const { config, enablementSelectors } = this.#options;
+    return enrolmentOf({ ...config, enablementSelectors }, pod, namespace, ifname);
   }
 
   // ---- changes ---------------------------------------------------------------------------------------------------
@@ -299,15 +296,15 @@ export class Enroller {
     }
     const namespace = this.namespaces.get(pod.namespace);
     if (namespace === undefined) throw new NotYet(`namespace ${pod.namespace} is not known yet`);
-    const { config } = this.#options;
     const attachments = this.#records.of(identitiesOf(pod));
     const interfaces = attachments.length > 0 ? attachments.map(({ record }) => record.ifname) : [INTERFACE];
     let enrolled = 0;
     for (const [i, ifname] of interfaces.entries()) {
-      const { role, reason } = enrolmentOf(config, pod, namespace, ifname);
+      const { role, reason } = this.#decide(pod, namespace, ifname);
       const attachment = attachments[i];
       if (role === 'none') {
         if (attachment?.record.role === 'pod') await this.#leave(pod, attachment, reason);
+        else if (attachment?.record.role === 'proxy') this.#dismiss(attachment, reason);
         continue;
       }
       if ((await this.#enter(pod, attachment, ifname, role, reason)) && role === 'pod') enrolled++;
@@ -323,18 +320,20 @@ export class Enroller {
     role: 'pod' | 'proxy',
     reason: string,
   ): Promise<boolean> {
-    const { native, state, config, log, announce } = this.#options;
+    const { native, state, config, log, announce, compare } = this.#options;
     let record = attachment?.record;
     if (record?.state === 'attaching' && Date.now() / 1000 - record.enrolledAt < ADD_SECONDS) {
       throw new NotYet('an ADD is at work');
     }
-    const inOrder =
-      attachment !== undefined &&
-      record?.state === 'attached' &&
-      record.role === role &&
-      !isDraining(native, record) &&
-      verify(native, state, config, attachment.key, record).length === 0;
-    if (!inOrder) {
+    const attached = record?.state === 'attached' && record.role === role && !isDraining(native, record);
+    if (attached && attachment !== undefined && record !== undefined) {
+      const findings = () => verify(native, state, config, attachment.key, attachment.record);
+      if (findings().length > 0) await compare(attachment.record);
+      const [finding] = findings();
+      if (finding !== undefined) {
+        throw new Error(`${finding.object}: expected ${finding.expected}, found ${finding.found}`);
+      }
+    } else {
       const place = attachment ?? (await this.#find(pod, ifname));
       if (place === null) return false;
       const target = this.#target(pod, place, ifname, role);
@@ -347,7 +346,7 @@ export class Enroller {
         throw error;
       }
       this.#records.note(target.key, record);
-      this.#count(attachment?.record.state === 'attached' ? 'repaired' : 'attached');
+      this.#count('attached');
       log('info', `attached ${describePod(record)}: ${reason}`, { uid: pod.uid, interface: record.hostIfname });
     }
     if (role === 'proxy' || record === undefined) return true;
@@ -413,7 +412,7 @@ export class Enroller {
 
   /** The annotation goes first; if it cannot, the pod leaves all the same, and the annotation is tried again. */
   async #leave(pod: KubernetesPod | null, attachment: Attachment, reason: string): Promise<void> {
-    const { native, state, config, log, withdraw } = this.#options;
+    const { native, state, config, log, onDetached } = this.#options;
     const { key, record } = attachment;
     const failure =
       pod === null
@@ -432,14 +431,24 @@ export class Enroller {
       if (proxiedConnections(native, state, current) > 0) {
         this.#later(pod?.uid ?? record.podUid, DRAIN_CHECK_MS);
       } else {
-        await withdraw?.(current);
         if (pod === null) detachRecord(native, config, state, key, current);
         else endDrain(native, config, state, key, current);
         this.#count('detached');
+        onDetached?.(current);
         log('info', `detached ${describePod(record)}`, { uid: record.podUid });
       }
     }
     if (failure !== null) throw failure;
+  }
+
+  /** The plugin, which knows a name only, has taken a pod for the proxy that is none. */
+  #dismiss({ key, record }: Attachment, reason: string): void {
+    const { native, state, config, log } = this.#options;
+    detachRecord(native, config, state, key, record);
+    const none = { state: 'recorded', role: 'none', flags: 0, hooks: [], programTag: '' } as const;
+    native.putAttachment(state, key, { ...record, ...none, hooks: [] });
+    this.#count('detached');
+    log('error', `${describePod(record)} is not the proxy any more: ${reason}`, { uid: record.podUid });
   }
 
   /** A pod that the API does not have any more, or a record of one that this process has never seen. */
@@ -522,17 +531,13 @@ export class Enroller {
         count: 1,
       });
     } catch (error) {
-      this.#lastEvent.delete(pod.uid);
-      log('debug', `the event for ${pod.namespace}/${pod.name} is lost: ${(error as Error).message}`);
+      // Tried again, but not with each try of the pod.
+      this.#lastEvent.set(pod.uid, { text, at: at - EVENT_INTERVAL_MS + EVENT_RETRY_MS });
+      log('warn', `the event for ${pod.namespace}/${pod.name} is lost: ${(error as Error).message}`);
     }
   }
 
   #count(event: string): void {
     this.counts.set(event, (this.counts.get(event) ?? 0) + 1);
   }
-}
-
-/** For sets of attachments. */
-export function keyText({ key }: Attachment): string {
-  return hex(key);
 }

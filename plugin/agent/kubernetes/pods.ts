@@ -7,15 +7,8 @@ import { ANNOTATION } from '../../redirect/annotations.ts';
 export const REDIRECTION = 'ambient.istio.io/redirection';
 const CONFIG_HASH = 'kubernetes.io/config.hash';
 const CONFIG_MIRROR = 'kubernetes.io/config.mirror';
-export const SIDECAR = 'sidecar.istio.io/status';
 
-const KEPT_ANNOTATIONS: readonly string[] = [
-  ...Object.values(ANNOTATION),
-  REDIRECTION,
-  CONFIG_HASH,
-  CONFIG_MIRROR,
-  SIDECAR,
-];
+const KEPT_ANNOTATIONS: readonly string[] = [...Object.values(ANNOTATION), REDIRECTION, CONFIG_HASH, CONFIG_MIRROR];
 
 export interface KubernetesPod {
   uid: string;
@@ -84,11 +77,6 @@ export function projectNamespace(object: unknown): KubernetesNamespace {
 export function identitiesOf(pod: KubernetesPod): string[] {
   const hashes = [CONFIG_HASH, CONFIG_MIRROR].flatMap((key) => pod.annotations.get(key) ?? []);
   return [...new Set([pod.uid, ...hashes])];
-}
-
-/** Its containers have ended for good; kubelet takes its network away without deleting it. */
-export function isFinished({ phase }: KubernetesPod): boolean {
-  return phase === 'Succeeded' || phase === 'Failed';
 }
 
 /** Whether a change can make a difference to anything that is done for the pod. */

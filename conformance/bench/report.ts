@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tables in Markdown and plots from a result. Nothing here is measured or rounded by hand.
+
+import { ADD_CURVES, type AddCosts, type AddRow } from './add.ts';
+import type { Machine } from './machine.ts';
+import { compare, type Measure, type ModeSummary, summarize } from './measures.ts';
+import { PROFILES, type ProfileName } from './plan.ts';
+import type { Plot, Point } from './plots.ts';
+import type { ProgramCosts } from './programs-cost.ts';
+import { duration } from './progress.ts';
+import type { Run } from './run.ts';
+import { FEWEST_PAIRS, type Ratio, type Summary } from './statistics.ts';
+import { MODES } from './world.ts';
+
+export interface Result {
+  profile: ProfileName;
+  only?: string;
+  seed: number;
+  begun: string;
+  /** Seconds; of all parts of a resumed one together. */
+  took: number;
+  machine: Machine;
+  /** Name of each cell, and its title. */
+  cells: { name: string; title: string }[];
+  runs: Run[];
+  programs?: ProgramCosts;
+  add?: AddCosts;
+}
+
+const order = MODES.map(({ name }) => name);
+const title = (mode: string) => MODES.find(({ name }) => name === mode)?.title ?? mode;
+
+/** Three significant digits; thousands as they are. */
+export function figure(value: number): string {
+  if (!Number.isFinite(value)) return '–';
+  if (Math.abs(value) >= 1000) return String(Math.round(value));
+  return String(Number(value.toPrecision(3)));
+}
+
+function range(summary: Summary | undefined): string {
+  if (summary === undefined || summary.count === 0) return '–';
+  return `${figure(summary.median)} [${figure(summary.min)}..${figure(summary.max)}]`;
+}
+
+export function table(header: readonly string[], rows: readonly (readonly string[])[]): string {
+  const line = (cells: readonly string[]) => `| ${cells.join(' | ')} |`;
+  return [line(header), line(header.map(() => '---')), ...rows.map(line)].join('\n');
+}
+
+const COLUMNS: readonly [metric: string, title: string][] = [
+  ['qps', 'per second'],
+  ['gbps', 'Gb/s'],
+  ['p50', 'p50 µs'],
+  ['p90', 'p90 µs'],
+  ['p99', 'p99 µs'],
+  ['p999', 'p99.9 µs'],
+  ['cpu', 'CPU µs'],
+];
+
+function cellTable(rows: readonly ModeSummary[]): string {
+  const columns = COLUMNS.filter(([metric]) => rows.some((row) => row.metrics[metric]));
+  const counted = (row: ModeSummary) => (row.invalid > 0 ? `${row.valid}, ${row.invalid} invalid` : String(row.valid));
+  return table(
+    ['mode', ...columns.map(([, name]) => name), 'runs'],
+    rows.map((row) => [title(row.mode), ...columns.map(([metric]) => range(row.metrics[metric])), counted(row)]),
+  );
+}
+
+function comparisonTable(runs: readonly Run[]): string {
+  const rows = compare(runs).map(({ subject, baseline, measure, ratio, verdict }) => [
+    title(subject),
+    title(baseline),
+    measure.title,
+    interval(ratio),
+    String(ratio.pairs),
+    words(measure, verdict),
+  ]);
+  return table(['', 'against', 'measure', 'ratio', 'pairs', ''], rows);
+}
+
+function words(measure: Measure, verdict: string): string {
+  if (verdict !== 'better' && verdict !== 'worse') return verdict;
+  const cpu = measure.metric === 'cpu';
+  if (verdict === 'better') return cpu ? '**cheaper**' : '**faster**';
+  return cpu ? '**dearer**' : '**slower**';
+}
+
+function interval({ ratio, low, high }: Ratio): string {
+  return `${ratio.toFixed(2)} [${low.toFixed(2)}..${high.toFixed(2)}]`;
+}
+
+function addRow(row: AddRow): string[] {
+  return [
+    String(row.attachments),
+    row.command,
+    range(row.ms),
+    figure(row.p95),
+    row.ratio === undefined ? '' : interval(row.ratio),
+    row.rss === undefined ? '' : figure(row.rss),
+  ];
+}
+
+export function addReport(costs: AddCosts): string {
+  const header = ['idle attachments', 'command', 'ms', 'p95 ms', '× bare Node', 'peak RSS MiB'];
+  const scale = costs.scale.map((row) => [
+    String(row.attachments),
+    range(row.ns),
+    interval(row.nsRatio),
+    range(row.p50),
+    interval(row.p50Ratio),
+    figure(row.mapBytes / 2 ** 20),
+  ]);
+  return `${[
+    '## A pod’s start',
+    `Whole processes, ${costs.rounds} rounds in shuffled order. Ratio: to bare Node 24 (\`-e 0\`) in the same round.`,
+    table(header, costs.rows.map(addRow)),
+    'Twenty at once, until the last has answered:',
+    table(
+      ['idle attachments', 'command', 'ms'],
+      costs.atOnce.map((row) => addRow(row).slice(0, 3)),
+    ),
+    '## Beside idle attachments',
+    'One byte there and back between two enrolled pods. Ratios: to a node without the idle attachments, measured in turn.',
+    table(['idle attachments', 'programs, ns', 'ratio', 'p50 µs', 'ratio', 'maps MiB'], scale),
+  ].join('\n\n')}\n`;
+}
+
+function programReport(costs: ProgramCosts): string {
+  const onOff = <T extends { trace: boolean }>(
+    rows: readonly T[],
+    key: (row: T) => string,
+    ns: (row: T) => Summary,
+  ) => {
+    const keys = [...new Set(rows.map(key))].sort();
+    return keys.map((one) => {
+      const of = (trace: boolean) => rows.find((row) => key(row) === one && row.trace === trace);
+      const [off, on] = [of(false), of(true)];
+      return { off, cells: [off && range(ns(off)), on && range(ns(on))].map((cell) => cell ?? '–') };
+    });
+  };
+  const packets = onOff(
+    costs.packets,
+    ({ program, packet, family }) => `${program} ${packet} ${family}`,
+    ({ ns }) => ns,
+  ).flatMap(({ off, cells }) => (off ? [[off.program, `${off.packet}, IPv${off.family}`, off.reason, ...cells]] : []));
+  const loads = onOff(
+    costs.loads,
+    ({ mode, load, program }) => `${mode} ${load} ${program}`,
+    ({ ns }) => ns,
+  ).flatMap(({ off, cells }) =>
+    off ? [[title(off.mode), off.load, off.program, ...cells, figure(off.packets.median)]] : [],
+  );
+  return [
+    '## What the programs cost',
+    'Per packet, by BPF_PROG_TEST_RUN on the attached programs with the maps and sockets of open connections; that every packet was judged as the third column says is checked on the counters. A large packet counts once.',
+    table(['program', 'packet', 'judged', 'ns', 'ns, trace on'], packets),
+    'Under load, by the kernel’s clock (BPF_ENABLE_STATS), which is itself in it; with trace on, `ambient-redirect trace` takes processor time too.',
+    table(['mode', 'load', 'program', 'ns per packet', 'trace on', 'packets per request or gigabit'], loads),
+    'Size after verification (helpers inlined), not what one packet executes: no processor counters here.',
+    table(
+      ['program', 'instructions', 'bytes of machine code'],
+      costs.sizes.map(({ program, instructions, code }) => [program, String(instructions), String(code)]),
+    ),
+    ...costs.invalid.map((reason) => `- invalid: ${reason}`),
+  ].join('\n\n');
+}
+
+export function report(result: Result): string {
+  const { machine, runs } = result;
+  const profile = PROFILES[result.profile];
+  const invalid = runs.filter((run) => run.invalid !== undefined);
+  const versions = Object.entries(machine.versions).map(([name, version]) => `${name} ${version}`);
+  const parts = [
+    `Profile \`${result.profile}\`${result.only ? ` (only ${result.only})` : ''}, ${profile.rounds} rounds, ${runs.length} runs in ${duration(result.took)}, begun ${result.begun}, order from seed ${result.seed}.`,
+    `${machine.cpus} × ${machine.cpu} (${machine.virtual}), ${machine.memoryGiB} GiB, Linux ${machine.kernel}, load average before: ${machine.load.toFixed(2)}. ${versions.join(', ')}.`,
+  ];
+  if (runs.length > 0) {
+    parts.push(
+      '## Ratios',
+      `Median of the ratios of paired runs and its 95 % interval (bootstrap over the pairs). A word stands only where the interval leaves out 1 and there are at least ${FEWEST_PAIRS} pairs.`,
+      comparisonTable(runs),
+      '## Figures',
+      'Median [least..greatest]. CPU: microseconds of all processors of the machine, interrupts and softirqs included, per request, connection or gigabit; the load generator and the server are in it.',
+    );
+    for (const { name, title: text } of result.cells) {
+      const rows = summarize(runs, name, order);
+      if (rows.length > 0) parts.push(`### ${text} (\`${name}\`)`, cellTable(rows));
+    }
+    parts.push(
+      '## Runs that do not count',
+      invalid.length === 0
+        ? 'None: in every run the proxies, our programs, the netfilter rules and the tunnels counted what the mode says.'
+        : invalid
+            .map((run) => `- ${title(run.mode)}, \`${run.cell}\`, round ${run.round + 1}: ${run.invalid}`)
+            .join('\n'),
+    );
+  }
+  if (result.programs) parts.push(programReport(result.programs));
+  if (result.add) parts.push(addReport(result.add));
+  return `${parts.join('\n\n').trimEnd()}\n`;
+}
+
+function curve(runs: readonly Run[], pattern: RegExp, metric: string): Point[] {
+  const cells = [...new Set(runs.map(({ cell }) => cell))].filter((cell) => pattern.test(cell));
+  return order.flatMap((mode) =>
+    cells
+      .flatMap((cell) => {
+        const summary = summarize(runs, cell, [mode])[0]?.metrics[metric];
+        const x = Number(pattern.exec(cell)?.[1]);
+        return summary === undefined || summary.count === 0 ? [] : [{ x, series: title(mode), ...summary }];
+      })
+      .sort((a, b) => a.x - b.x),
+  );
+}
+
+export function plots({ runs, add }: Result): Plot[] {
+  const xTitle = 'connections';
+  const all: Plot[] = [
+    {
+      name: 'qps',
+      title: 'Requests/s against connections (fortio -qps 0)',
+      xTitle,
+      yTitle: 'requests/s',
+      points: curve(runs, /^fortio-max-(\d+)-v4$/, 'qps'),
+    },
+    ...(['p50', 'p99'] as const).flatMap((metric) => [
+      {
+        name: `latency-${metric}`,
+        title: `Latency ${metric} against connections (fortio -qps 8000)`,
+        xTitle,
+        yTitle: `${metric}, µs`,
+        logY: true,
+        points: curve(runs, /^fortio-8000-(\d+)-v4$/, metric),
+      },
+    ]),
+  ];
+  const starts = (add?.rows ?? []).filter(({ command }) => ADD_CURVES.includes(command));
+  all.push({
+    name: 'add',
+    title: 'ADD against attachments',
+    xTitle: 'idle attachments',
+    yTitle: 'ms',
+    points: starts.map(({ attachments, command, ms }) => ({ x: attachments, series: command, ...ms })),
+  });
+  return all.filter(({ points }) => points.length > 0);
+}
