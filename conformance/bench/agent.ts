@@ -3,8 +3,8 @@
 // What the agent costs and how long a label takes: pods of a real API server that run already are enrolled from a cold
 // start, then one pod's label goes to and fro, then nothing happens.
 
-import { readFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { readFileSync, readlinkSync } from 'node:fs';
+import { basename, join } from 'node:path';
 import { loadNative } from '../../plugin/addon.ts';
 import { ControlPlane } from '../kubernetes/control-plane.ts';
 import { Site } from '../kubernetes/site.ts';
@@ -114,8 +114,7 @@ async function flip(site: Site, flips: number): Promise<AgentCosts['labelToRedir
   const state = native.openState(site.topology.stateDir);
   try {
     const path = `/api/v1/namespaces/${NAMESPACE}/pods/pod-0`;
-    const uid = ((await site.plane.pod(NAMESPACE, 'pod-0'))?.metadata as { uid: string }).uid;
-    const found = native.listAttachments(state).find(({ record }) => record.podUid === uid);
+    const found = native.listAttachments(state).find(({ record }) => record.podName === 'pod-0');
     if (found === undefined) throw new Error('pod-0 is not recorded');
     const attached = () => native.getAttachment(state, found.key)?.state === 'attached';
     const samples: number[] = [];
@@ -136,8 +135,8 @@ async function flip(site: Site, flips: number): Promise<AgentCosts['labelToRedir
 
 /** setpriv and nsenter become the agent. */
 function agentPid(pid: number): number {
-  const name = readFileSync(`/proc/${pid}/comm`, 'latin1').trim();
-  if (!name.startsWith('ambient-redire')) throw new Error(`process ${pid} is ${name}, not the agent`);
+  const program = readlinkSync(`/proc/${pid}/exe`);
+  if (basename(program) !== 'ambient-redirect') throw new Error(`process ${pid} is ${program}, not the agent`);
   return pid;
 }
 
