@@ -6,7 +6,9 @@
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest';
-import { executable } from '../e2e/topology.ts';
+import { HAProxy } from '../e2e/haproxy.ts';
+import { isDirect } from '../e2e/mesh.ts';
+import { executable, outsiderAddress } from '../e2e/topology.ts';
 import { type Running, Testbed, until } from '../netns.ts';
 import { missingControlPlane } from './build.ts';
 import { ControlPlane } from './control-plane.ts';
@@ -91,6 +93,30 @@ describe.runIf(missingControlPlane() === undefined)('contract in-pod with kube-a
     await refusing.stop('SIGKILL');
     const proxy = ztunnel();
     await site.untilRedirection(web, 'enabled', 20_000);
+    expect(served(proxy)).toEqual([web.uid]);
+  });
+
+  test('from shared to in-pod without a restart of the pod; connections of the old proxy go on', async () => {
+    const shared = { proxy: { contract: 'shared', match: { namespace: 'istio-system', name: 'ztunnel-*' } } };
+    const old = await site.proxy(`ztunnel-${count}`, { entry: shared });
+    await new HAProxy(site.topology.testbed, old.sandbox.netns, 'only').start();
+    await site.topology.outsider.listen(8080);
+    const web = await site.createPod({ namespace, name: 'web', serviceAccount: 'web' });
+    site.startAgent({ entry: shared });
+    await site.untilRedirection(web, 'enabled');
+    const { endpoint } = web.sandbox;
+    const held = await endpoint.connect(outsiderAddress[4], 8080);
+    expect(isDirect(held)).toBe(false);
+    await site.agent?.stop();
+
+    site.startAgent();
+    const proxy = ztunnel();
+    await site.untilRedirection(web, undefined);
+    await endpoint.exchange(held, 100_000);
+    expect(await site.attachment(web)).toMatchObject({ state: 'attached', contract: 'shared' });
+    await endpoint.close(held);
+    await site.untilRedirection(web, 'enabled', 20_000);
+    expect(await site.attachment(web)).toMatchObject({ state: 'attached', contract: 'in-pod' });
     expect(served(proxy)).toEqual([web.uid]);
   });
 

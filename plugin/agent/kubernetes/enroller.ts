@@ -101,6 +101,7 @@ export class Enroller {
   /** by UID: what the pod's annotations asked for when it was attached, or first seen to be */
   readonly #wishes = new Map<string, string>();
   readonly #lastEvent = new Map<string, { text: string; at: number }>();
+  #lastTurn = Promise.resolve();
   #stopped = false;
 
   constructor(options: EnrollerOptions) {
@@ -292,11 +293,19 @@ export class Enroller {
 
   // ---- one pod ---------------------------------------------------------------------------------------------------
 
+  /**
+   * Kernel calls are synchronous: between two pods everybody else has his turn. Immediates that are set at one time run
+   * all together, so each is set when the one before has run.
+   */
+  #turn(): Promise<void> {
+    this.#lastTurn = this.#lastTurn.then(() => new Promise<void>((resolve) => setImmediate(resolve)));
+    return this.#lastTurn;
+  }
+
   async #reconcile(uid: string): Promise<void> {
     // Nobody can tell yet what its namespace says.
     if (!this.pods.synced || !this.namespaces.synced) return;
-    // Kernel calls are synchronous: whoever else waits comes first.
-    await new Promise(setImmediate);
+    await this.#turn();
     const pod = this.#byUid.get(uid);
     if (pod === undefined) {
       await this.#forget(uid);
@@ -339,12 +348,17 @@ export class Enroller {
     if (record?.state === 'attaching' && Date.now() / 1000 - record.enrolledAt < ADD_SECONDS) {
       throw new NotYet('an ADD is at work');
     }
+    if (attachment !== undefined && record?.state === 'attached' && record.contract !== config.proxy.contract) {
+      await this.#leave(pod, attachment, `the contract is "${config.proxy.contract}" now`);
+      record = native.getAttachment(state, attachment.key) ?? undefined;
+      // Looked at again when the other proxy has no connection of it any more.
+      if (record?.state === 'attached') return false;
+    }
     const wishes = trafficAnnotations(pod.annotations, config.podOverrides);
     const text = JSON.stringify(wishes);
     const attached =
       record?.state === 'attached' &&
       record.role === role &&
-      record.contract === config.proxy.contract &&
       !isDraining(native, record) &&
       (this.#wishes.get(pod.uid) ?? text) === text;
     if (attached && attachment !== undefined && record !== undefined) {
