@@ -192,7 +192,7 @@ function attachAll(attachment: Attachment): AttachmentRecord {
       undo.push(() => deleteTproxy(attachment.netns));
       addTproxy(attachment.netns, attachment.config);
     }
-    if (plan.interface !== null) fillMaps(attachment);
+    if (plan.interface !== null) withRoom(attachment, () => fillMaps(attachment));
     for (const hook of plan.hooks) attachHook(attachment, hook);
     if (target.role === 'proxy') announceProxy(attachment);
     const [finding] = verify(native, state, attachment.config, target.key, record);
@@ -273,7 +273,7 @@ function forgetPredecessors(
   }
 }
 
-/** Attachments and entries by an interface id, which is mostly a host-side index, that another pod has now. */
+/** Attachments and entries by an interface id that another pod has now. */
 function detachHolders(native: Native, config: RedirectConfig, state: State, id: number): void {
   if (native.getInterface(state, id) === null) return;
   for (const { key, record } of native.listAttachments(state)) {
@@ -354,6 +354,25 @@ function putRecord(
     } catch (again) {
       const full = `attachments in ${config.stateDir} is full; "maxPods" sizes it`;
       throw new CniError(Code.STATE_FAILED, full, kernelReason(again), { cause: again });
+    }
+  }
+}
+
+/** Does `put` again without the entries of pods that are gone, where a map is full. Throws what it throws, or CniError 103. */
+function withRoom({ native, config, state, plan }: Attachment, put: () => void): void {
+  const isFull = (error: unknown) =>
+    error instanceof CniError && hasCode(error.cause, 'E2BIG', 'ENOSPC') && plan.exclusions.length <= MAX_EXCLUSIONS;
+  try {
+    put();
+  } catch (error) {
+    if (!isFull(error)) throw error;
+    sweepDead(native, config, state);
+    try {
+      put();
+    } catch (again) {
+      if (!isFull(again)) throw again;
+      const full = `a map in ${config.stateDir} is full; "maxPods" sizes it`;
+      throw new CniError(Code.STATE_FAILED, full, (again as CniError).message, { cause: again });
     }
   }
 }
@@ -439,10 +458,10 @@ function putEndpoint(attachment: Attachment, address: Address, endpoint: Endpoin
   undo.push(() => native.deleteEndpoint(state, address));
 }
 
-/** Who else than the pod with this interface id has this address, and lives. */
-function livingHolder(native: Native, state: State, address: Address, ownId: number): string | null {
+/** Who else than the pod with interface id `own` has this address, and lives. */
+function livingHolder(native: Native, state: State, address: Address, own: number): string | null {
   const endpoint = native.getEndpoint(state, address);
-  if (endpoint === null || endpoint.ifindex === ownId) return null;
+  if (endpoint === null || endpoint.ifindex === own) return null;
   const entry = native
     .listAttachments(state)
     .find(({ record }) => record.interfaceId === endpoint.ifindex && record.role === 'pod');
@@ -455,6 +474,7 @@ function livingHolder(native: Native, state: State, address: Address, ownId: num
     netns = native.openNetns(record.netnsPath);
   } catch {
     // Its namespace has no name any more; the link may outlive that only while a process still holds it.
+    if (record.hostIfindex === 0) return null;
     return `${describePod(record)} on ${link.name}`;
   }
   try {
@@ -1110,6 +1130,9 @@ function verifyNetns(native: Native, state: State, record: AttachmentRecord, fin
 // ---- records ---------------------------------------------------------------------------------------------------------
 
 const NO_MAC = '00:00:00:00:00:00';
+/** More of one pod's are E2BIG too, which has nothing to do with the number of pods. */
+const MAX_EXCLUSIONS = 4096;
+
 /** MAX_ADDRESSES of bpf/redirect.h. */
 const MAX_ADDRESSES = 16;
 

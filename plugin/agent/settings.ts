@@ -2,7 +2,15 @@
 // Every setting of `agent`: flag, environment variable, default. Names are Istio's where Istio has one.
 
 import { InvalidArgumentError } from 'commander';
-import { DIRECTORY_SETTINGS, ENTRY_SETTINGS, type Setting, type SettingTable, type Values } from '../settings.ts';
+import {
+  DIRECTORY_SETTINGS,
+  ENTRY_SETTINGS,
+  KUBERNETES_SETTINGS,
+  MESH_SETTINGS,
+  type Setting,
+  type SettingTable,
+  type Values,
+} from '../settings.ts';
 
 export const AGENT_LOG_LEVELS = ['error', 'warn', 'info', 'debug', 'trace'] as const;
 export type AgentLogLevel = (typeof AGENT_LOG_LEVELS)[number];
@@ -50,34 +58,15 @@ export const AGENT_SETTINGS = {
     'of the JSON lines on stderr: error, warn, info, debug or trace; agent.sock changes it later',
     logLevel,
   ),
-  nodeName: row(
-    '--node-name <name>',
-    'NODE_NAME',
-    '',
-    "the node's name in Kubernetes, and in every line of the log",
+  ...KUBERNETES_SETTINGS,
+  criSocket: row(
+    '--cri-socket <path>',
+    'AMBIENT_REDIRECT_CRI_SOCKET',
+    undefined,
+    "the container runtime's, to find pods that the plugin has not seen; without it where containerd and CRI-O have it",
     String,
-  ),
-  kubeApi: row(
-    '--kube-api <url>',
-    'AMBIENT_REDIRECT_KUBE_API',
-    '',
-    'the Kubernetes API server; without it as pods reach it ($KUBERNETES_SERVICE_HOST), else none',
-    String,
-  ),
-  kubeCaFile: row(
-    '--kube-ca-file <file>',
-    'KUBE_CA_FILE',
-    '',
-    "PEM of the API server's CA; without it the service account's, or the system's with --kube-api",
-    String,
-  ),
-  kubeTokenFile: row(
-    '--kube-token-file <file>',
-    'AMBIENT_REDIRECT_KUBE_TOKEN_FILE',
-    '',
-    "bearer token, read for each request; without it the service account's",
-    String,
-  ),
+  ) as Setting<string | undefined>,
+  ...MESH_SETTINGS,
   reconcileSeconds: row(
     '--reconcile-seconds <seconds>',
     'AMBIENT_REDIRECT_RECONCILE_SECONDS',
