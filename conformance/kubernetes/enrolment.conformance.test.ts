@@ -2,10 +2,7 @@
 //
 // The agent against a real API server: who is enrolled, how pods get in and out, and in what order.
 
-import { spawn } from 'node:child_process';
-import { mkdirSync, rmdirSync, writeFileSync } from 'node:fs';
-import { basename, join } from 'node:path';
-import { afterAll, beforeAll, beforeEach, describe, expect, onTestFinished, test } from 'vitest';
+import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { HAProxy } from '../e2e/haproxy.ts';
 import { isDirect } from '../e2e/mesh.ts';
 import { outsiderAddress } from '../e2e/topology.ts';
@@ -203,37 +200,18 @@ describe.runIf(missingControlPlane() === undefined)('enrolment through kube-apis
   test('a pod without a record is found by its UID in the cgroup of its processes', async () => {
     const web = await site.createPod({ namespace: inside, name: 'web' }, { plugin: false });
     // Another pod's process has the UID in its cgroup, but not its address: it does not count.
-    const parent = join('/sys/fs/cgroup/pids', `${site.topology.testbed.id}-pod${web.uid}`);
-    const cgroup = join(parent, `${web.sandbox.containerId}${web.sandbox.containerId}`);
-    for (const directory of [parent, cgroup]) {
-      mkdirSync(directory);
-      site.topology.testbed.defer(() => rmdirSync(directory));
-    }
     const stranger = await site.createPod({ namespace: outside, name: 'stranger' }, { plugin: false });
-    const inCgroup = async (pod: SitePod) => {
-      const [file = '', ...rest] = pod.sandbox.netns.argv(['sleep', '600']);
-      const child = spawn(file, rest, { stdio: 'ignore' });
-      const ended = new Promise((resolve) => child.once('close', resolve));
-      await until('it runs', () => child.pid !== undefined);
-      writeFileSync(join(cgroup, 'cgroup.procs'), String(child.pid));
-      const end = async () => {
-        child.kill('SIGKILL');
-        await ended;
-      };
-      onTestFinished(end);
-      return end;
-    };
-    const endStranger = await inCgroup(stranger);
+    const containerId = web.sandbox.containerId.repeat(2);
+    const endStranger = await site.process({ ...stranger, uid: web.uid }, containerId);
     site.startAgent();
     await until('it is refused', () => /has none of the pod's addresses/.test(site.agent?.output ?? ''), 20_000);
     expect(await site.redirection(web)).toBeUndefined();
     await endStranger();
-    const end = await inCgroup(web);
+    await site.process(web, containerId);
     await site.untilRedirection(web, 'enabled', 20_000);
     // Recorded under the id of its container, as its DEL names it.
     const ids = (await site.attachments()).map(({ containerId, role: what }) => ({ containerId, role: what }));
-    expect(ids).toEqual([{ containerId: basename(cgroup), role: 'pod' }]);
-    await end();
+    expect(ids).toEqual([{ containerId, role: 'pod' }]);
   });
 
   describe('leaving', () => {

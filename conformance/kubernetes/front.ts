@@ -111,6 +111,7 @@ export class Front {
       watch: url.searchParams.get('watch') === 'true',
     };
     this.asked.push(asked);
+    // It may change what is asked for.
     const fault = this.fault(asked);
     if (fault === undefined) this.#forward(asked, asking, answer, url);
     else if ('delayMs' in fault) setTimeout(() => this.#forward(asked, asking, answer, url), fault.delayMs);

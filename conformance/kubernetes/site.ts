@@ -4,10 +4,13 @@
 // sandbox by the chain of plugins, and its status is reported. The agent runs in the node's network namespace and
 // reaches the API server through a Front there.
 
+import { spawn } from 'node:child_process';
 import { randomUUID } from 'node:crypto';
-import { mkdirSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, rmdirSync, writeFileSync } from 'node:fs';
 import { request } from 'node:http';
 import { join } from 'node:path';
+import { loadNative } from '../../plugin/addon.ts';
+import type { ExclusionRule } from '../../plugin/native.ts';
 import type { Attachment } from '../chain.ts';
 import {
   executable,
@@ -49,6 +52,7 @@ export class Site {
   readonly nodeName: string;
   tokenFile: string;
   agent: Running | undefined;
+  readonly #processes: (() => Promise<void>)[] = [];
   #agents = 0;
   #sandboxes = 0;
 
@@ -120,6 +124,32 @@ export class Site {
     return { uid, namespace: spec.namespace, name: spec.name, sandbox };
   }
 
+  /**
+   * A process of the pod's, in the cgroup that kubelet and containerd would give it: below that of its UID, by the name
+   * of its container. Returns how to end it.
+   */
+  async process(pod: SitePod, containerId = pod.sandbox.containerId.repeat(2)): Promise<() => Promise<void>> {
+    const { testbed } = this.topology;
+    const parent = join('/sys/fs/cgroup/pids', `${testbed.id}-pod${pod.uid}`);
+    const cgroup = join(parent, containerId);
+    for (const directory of [parent, cgroup]) {
+      if (existsSync(directory)) continue;
+      mkdirSync(directory);
+      testbed.defer(() => rmdirSync(directory));
+    }
+    const [file = '', ...rest] = pod.sandbox.netns.argv(['setpriv', '--pdeathsig', 'KILL', '--', 'sleep', '600']);
+    const child = spawn(file, rest, { stdio: 'ignore' });
+    const ended = new Promise<void>((resolve) => child.once('close', () => resolve()));
+    if (child.pid === undefined) throw new Error(`no process for ${pod.name}`);
+    writeFileSync(join(cgroup, 'cgroup.procs'), String(child.pid));
+    const end = () => {
+      child.kill('SIGKILL');
+      return ended;
+    };
+    this.#processes.push(end);
+    return end;
+  }
+
   /** Two pods of one name may follow each other. */
   #label(): string {
     return `pod${++this.#sandboxes}`;
@@ -146,6 +176,17 @@ export class Site {
   /** The row of a pod's sandbox. */
   async attachment({ sandbox }: SitePod): Promise<Attachment | undefined> {
     return (await this.attachments()).find(({ containerId }) => containerId === sandbox.containerId);
+  }
+
+  /** What the map has for the pod's interface. */
+  exclusions({ sandbox }: SitePod): ExclusionRule[] {
+    const native = loadNative();
+    const state = native.openState(this.topology.stateDir);
+    try {
+      return native.getExclusions(state, sandbox.hostIfindex);
+    } finally {
+      native.closeState(state);
+    }
   }
 
   /** A ztunnel's pod, which becomes the node's proxy. */
@@ -243,7 +284,10 @@ print(answer.status); print(answer.read().decode())`;
     return `/api/v1/namespaces/${pod.namespace}/pods/${pod.name}`;
   }
 
-  close(): void {
+  async close(): Promise<void> {
+    // A cgroup can be removed when its processes are gone.
+    await Promise.all(this.#processes.map((end) => end()));
+    await this.agent?.stop('SIGKILL');
     this.topology.close();
   }
 }

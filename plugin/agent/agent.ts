@@ -29,6 +29,7 @@ import { CniError, Code } from '../cni/errors.ts';
 import { decide as decideTarget, enrolmentOf } from '../commands/target.ts';
 import { attach, describePod, detach, isDead, sweepDead, type Target } from '../datapath.ts';
 import { beginDrain, isDraining, tryEndDrains } from '../drain.ts';
+import { isUninstalled } from '../install/entry.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.ts';
 import { countPending, listPending, type PendingPod, removePending } from '../pending.ts';
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
@@ -237,6 +238,9 @@ export class Agent {
   }
 
   async #enrolOne(key: AttachmentKey, record: AttachmentRecord, pending: PendingPod | undefined): Promise<void> {
+    if (isUninstalled(this.settings.runDir)) {
+      throw new CniError(Code.TRY_AGAIN_LATER, 'uninstall was run on this node', 'install undoes it');
+    }
     const inMesh = record.state === 'attached' && record.role === 'pod' && !isDraining(this.native, record);
     const { target, config } = pending === undefined ? this.#targetOf(key, record) : await this.#replay(pending);
     if (target.role !== 'pod') {

@@ -22,6 +22,13 @@ test('defaults, where Istio has them Istio’s', () => {
     healthPort: 8_000,
     logLevel: 'info',
     nodeName: '',
+    kubeApi: undefined,
+    kubeCaFile: undefined,
+    kubeTokenFile: undefined,
+    criSocket: undefined,
+    enablementSelectors: undefined,
+    redirectMode: undefined,
+    ambientConfigDir: '/etc/ambient-config',
     reconcileSeconds: 30,
     ztunnelWaitSeconds: 2,
   });

@@ -11,6 +11,7 @@ import { attachmentKey } from '../../attachments.ts';
 import { withWishes } from '../../commands/target.ts';
 import { attach, describePod, detachRecord, isDead, type Target, verify } from '../../datapath.ts';
 import { beginDrain, endDrain, isDraining, proxiedConnections } from '../../drain.ts';
+import { isUninstalled } from '../../install/entry.ts';
 import type { AttachmentRecord, Native, State } from '../../native.ts';
 import { trafficAnnotations } from '../../redirect/annotations.ts';
 import type { RedirectConfig } from '../../redirect/config.ts';
@@ -95,6 +96,8 @@ export class Enroller {
   readonly #runs: Promise<void>[] = [];
   readonly #timers = new Set<NodeJS.Timeout>();
   readonly #waiting = new Set<() => void>();
+  /** by UID: what the pod's annotations asked for when it was attached, or first seen to be */
+  readonly #wishes = new Map<string, string>();
   readonly #lastEvent = new Map<string, { text: string; at: number }>();
   #stopped = false;
 
@@ -223,6 +226,8 @@ export class Enroller {
 
   #decide(pod: KubernetesPod, namespace: KubernetesNamespace | undefined, ifname: string) {
     const { config, enablementSelectors } = this.#options;
+    // Its annotation goes with the rest: uninstall itself may not be able to reach the API.
+    if (isUninstalled(config.runDir)) return { role: 'none' as const, reason: 'uninstall was run on this node' };
     return enrolmentOf({ ...config, enablementSelectors }, pod, namespace, ifname);
   }
 
@@ -232,6 +237,7 @@ export class Enroller {
     if (after === null) {
       if (before === null) return;
       this.#byUid.delete(before.uid);
+      this.#wishes.delete(before.uid);
       this.#gone.set(before.uid, before);
       this.queue.add(before.uid);
       return;
@@ -304,7 +310,10 @@ export class Enroller {
       const attachment = attachments[i];
       if (role === 'none') {
         if (attachment?.record.role === 'pod') await this.#leave(pod, attachment, reason);
-        else if (attachment?.record.role === 'proxy') this.#dismiss(attachment, reason);
+        // What drains needs the proxy still.
+        else if (attachment?.record.role === 'proxy' && !isUninstalled(this.#options.config.runDir)) {
+          this.#dismiss(attachment, reason);
+        }
         continue;
       }
       if ((await this.#enter(pod, attachment, ifname, role, reason)) && role === 'pod') enrolled++;
@@ -325,7 +334,13 @@ export class Enroller {
     if (record?.state === 'attaching' && Date.now() / 1000 - record.enrolledAt < ADD_SECONDS) {
       throw new NotYet('an ADD is at work');
     }
-    const attached = record?.state === 'attached' && record.role === role && !isDraining(native, record);
+    const wishes = trafficAnnotations(pod.annotations, config.podOverrides);
+    const text = JSON.stringify(wishes);
+    const attached =
+      record?.state === 'attached' &&
+      record.role === role &&
+      !isDraining(native, record) &&
+      (this.#wishes.get(pod.uid) ?? text) === text;
     if (attached && attachment !== undefined && record !== undefined) {
       const findings = () => verify(native, state, config, attachment.key, attachment.record);
       if (findings().length > 0) await compare(attachment.record);
@@ -334,21 +349,21 @@ export class Enroller {
         throw new Error(`${finding.object}: expected ${finding.expected}, found ${finding.found}`);
       }
     } else {
-      const place = attachment ?? (await this.#find(pod, ifname));
-      if (place === null) return false;
-      const target = this.#target(pod, place, ifname, role);
-      const wishes = trafficAnnotations(pod.annotations, config.podOverrides);
       try {
+        const place = attachment ?? (await this.#find(pod, ifname));
+        if (place === null) return false;
+        const target = this.#target(pod, place, ifname, role);
         record = attach(native, withWishes(config, wishes), { ...target, bypassInbound: wishes.bypassInbound });
+        this.#records.note(target.key, record);
       } catch (error) {
         // What says "enabled" and is not makes every peer of the mesh fail.
         await this.#annotate(pod, null).catch(() => {});
         throw error;
       }
-      this.#records.note(target.key, record);
       this.#count('attached');
       log('info', `attached ${describePod(record)}: ${reason}`, { uid: pod.uid, interface: record.hostIfname });
     }
+    this.#wishes.set(pod.uid, text);
     if (role === 'proxy' || record === undefined) return true;
     const acknowledged = announce === undefined ? 'acknowledged' : await announce(record, pod);
     await this.#annotate(pod, acknowledged === 'acknowledged' ? 'enabled' : 'pending');

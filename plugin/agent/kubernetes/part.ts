@@ -8,6 +8,7 @@ import { ensurePrograms, ensureState } from '../../state.ts';
 import type { Agent } from '../agent.ts';
 import type { AgentSettings } from '../settings.ts';
 import { Api, type ClusterAccess } from './api.ts';
+import { CriSandboxes } from './cri.ts';
 import { Enroller } from './enroller.ts';
 import { ProcessSandboxes } from './sandboxes.ts';
 
@@ -32,8 +33,17 @@ export function clusterAccess(
   };
 }
 
+/** Where containerd and CRI-O listen; a socket that comes later is seen, too. */
+const CRI_SOCKETS = ['/run/containerd/containerd.sock', '/run/crio/crio.sock'];
+
+function criSockets(setting: string | undefined): string[] {
+  return setting === undefined ? CRI_SOCKETS : [setting];
+}
+
 export interface KubernetesPart {
   start(): void;
+  /** Every pod again: something that decides about all of them has changed. */
+  look(): void;
   stop(): Promise<void>;
 }
 
@@ -63,7 +73,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
     state,
     api,
     nodeName: settings.nodeName,
-    sandboxes: [new ProcessSandboxes()],
+    sandboxes: [...criSockets(settings.criSocket).map((path) => new CriSandboxes(path)), new ProcessSandboxes()],
     log: (level, text, fields) => log[level](fields ?? {}, text),
     compare: (record) => agent.compare(new Set([record.hostIfindex])),
     onReconciled: (seconds) => latency.observe(seconds),
@@ -93,6 +103,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   addMetrics(agent, enroller);
   return {
     start: () => enroller.start(),
+    look: () => enroller.lookAtAll(),
     stop: async () => {
       await enroller.stop();
       api.close();
