@@ -69,6 +69,18 @@ struct Destroy {
   void operator()(redirect_bpf *skeleton) const { redirect_bpf__destroy(skeleton); }
 };
 
+struct Jump {
+  Map map;
+  uint32_t index;
+};
+
+Jump jump_of(enum program program) {
+  if (program == INPOD_LOOKUP) return {JUMP_LOOKUP, SLOT_LOOKUP};
+  return {JUMP, program == INPOD_EGRESS ? SLOT_EGRESS : SLOT_INGRESS};
+}
+
+constexpr enum program JUMPED_TO[] = {INPOD_EGRESS, INPOD_INGRESS, INPOD_LOOKUP};
+
 #ifdef AMBIENT_FAULTS
 // For tests: the object in $AMBIENT_REDIRECT_OBJECT in place of the one that is inside, so that a changed program needs
 // no new addon. `bytes` must live as long as the skeleton.
@@ -90,18 +102,6 @@ redirect_bpf *open_other(const bpf_object_open_opts &options, std::string &bytes
   return nullptr;
 }
 #endif
-
-struct Jump {
-  Map map;
-  uint32_t index;
-};
-
-Jump jump_of(enum program program) {
-  if (program == INPOD_LOOKUP) return {JUMP_LOOKUP, SLOT_LOOKUP};
-  return {JUMP, program == INPOD_EGRESS ? SLOT_EGRESS : SLOT_INGRESS};
-}
-
-constexpr enum program JUMPED_TO[] = {INPOD_EGRESS, INPOD_INGRESS, INPOD_LOOKUP};
 
 constexpr size_t LOG_SIZE = 1 << 20;
 struct Free {

@@ -273,7 +273,7 @@ function forgetPredecessors(
   }
 }
 
-/** Attachments and entries by an interface id, which is mostly a host-side index, that another pod has now. */
+/** Attachments and entries by an interface id that another pod has now. */
 function detachHolders(native: Native, config: RedirectConfig, state: State, id: number): void {
   if (native.getInterface(state, id) === null) return;
   for (const { key, record } of native.listAttachments(state)) {
@@ -458,10 +458,10 @@ function putEndpoint(attachment: Attachment, address: Address, endpoint: Endpoin
   undo.push(() => native.deleteEndpoint(state, address));
 }
 
-/** Who else than the pod with this interface id has this address, and lives. */
-function livingHolder(native: Native, state: State, address: Address, ownId: number): string | null {
+/** Who else than the pod with interface id `own` has this address, and lives. */
+function livingHolder(native: Native, state: State, address: Address, own: number): string | null {
   const endpoint = native.getEndpoint(state, address);
-  if (endpoint === null || endpoint.ifindex === ownId) return null;
+  if (endpoint === null || endpoint.ifindex === own) return null;
   const entry = native
     .listAttachments(state)
     .find(({ record }) => record.interfaceId === endpoint.ifindex && record.role === 'pod');
@@ -474,6 +474,7 @@ function livingHolder(native: Native, state: State, address: Address, ownId: num
     netns = native.openNetns(record.netnsPath);
   } catch {
     // Its namespace has no name any more; the link may outlive that only while a process still holds it.
+    if (record.hostIfindex === 0) return null;
     return `${describePod(record)} on ${link.name}`;
   }
   try {
@@ -915,7 +916,7 @@ function isSameHostLink(native: Native, record: AttachmentRecord): boolean {
 }
 
 /** Inodes come again as soon as they are free, cookies never do; kernels before 5.14 have none (0). */
-function isSameNetns(now: AttachmentRecord['netns'], then: AttachmentRecord['netns']): boolean {
+export function isSameNetns(now: AttachmentRecord['netns'], then: AttachmentRecord['netns']): boolean {
   const cookies = now.cookie !== 0n && then.cookie !== 0n;
   return now.dev === then.dev && now.ino === then.ino && (!cookies || now.cookie === then.cookie);
 }

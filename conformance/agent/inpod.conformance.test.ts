@@ -3,13 +3,13 @@
 // The contract in-pod as a whole: the plugin, the agent and a ztunnel (the stand-in as a process) on a node, real
 // packets, and each of them missing in turn.
 
-import { existsSync, readdirSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { Capture } from '../e2e/capture.ts';
 import { executable, families, PluginError, type Pod, requireExecutable, Topology } from '../e2e/topology.ts';
-import { type Outcome, until } from '../netns.ts';
-import { AgentSite } from './processes.ts';
+import { must, type Outcome, until } from '../netns.ts';
+import { AgentSite, ZtunnelProcess } from './processes.ts';
 
 const APP = 8080;
 const LONG = process.env.AMBIENT_REDIRECT_LONG === '1';
@@ -204,6 +204,32 @@ describe('ADD', () => {
     await topology.add(proxy);
     expect((await pods()).map(({ role, state }) => `${role} ${state}`)).toEqual(['none recorded']);
   });
+});
+
+test('a ztunnel in a cgroup of its own: its mark counts there and nowhere else, and traffic goes as ever', async () => {
+  open();
+  const mount = topology.testbed.directory('cgroups');
+  must(['mount', '-t', 'cgroup2', 'none', mount]);
+  topology.testbed.defer(() => must(['umount', mount]));
+  const cgroup = join(mount, `ambient-redirect-${process.pid}`);
+  mkdirSync(cgroup);
+  const ztunnel = new ZtunnelProcess(site, []);
+  topology.testbed.defer(() => {
+    ztunnel.process.kill('SIGKILL');
+    const remove = `for i in $(seq 1000); do rmdir ${cgroup} 2>/dev/null && exit 0; sleep 0.01; done; rmdir ${cgroup}`;
+    must(['sh', '-c', remove]);
+  });
+  writeFileSync(join(cgroup, 'cgroup.procs'), `${ztunnel.process.pid}`);
+  const agent = await site.agent();
+  await ztunnel.until('it is ready', ({ ready }) => ready);
+  const [client, server] = [enrolled('client'), enrolled('server')];
+  await start(client, server);
+  await server.endpoint.listen(APP);
+  expect((await agent.get<{ markForgeable: string | null }>('/v1/status')).markForgeable).toBeNull();
+  const seen = await capture(client);
+  for (const family of families) expect(await talk(client, server, family)).toBe(client.addresses[family]);
+  expect(ztunnel.seen.length).toBe(4);
+  expect(seen.packets(AROUND)).toEqual([]);
 });
 
 describe('leaving', () => {

@@ -4,10 +4,11 @@
 // an outsider and the host. What tells how a packet went is tcpdump on the host-side veths: looped packets never get
 // there.
 
+import { mkdirSync } from 'node:fs';
+import { createServer } from 'node:http';
 import { join } from 'node:path';
 import { expect } from 'vitest';
 import { type Outcome, type Running, until } from '../netns.ts';
-import { assentingAgent } from './assent.ts';
 import { Capture } from './capture.ts';
 import { type Count, counters, increases } from './counters.ts';
 import { type Connection, type ConnectOptions, type Endpoint, EndpointError } from './endpoint.ts';
@@ -76,6 +77,24 @@ export class InPodProxy {
   }
 }
 
+/**
+ * In the place of the node agent, whose own tests are elsewhere: acknowledges every attachment, whoever listens in the
+ * pod. What the programs do must not depend on it.
+ */
+export function acknowledge(topology: Topology): Promise<void> {
+  mkdirSync(topology.runDir, { recursive: true, mode: 0o700 });
+  const server = createServer((request, response) => {
+    request.resume().on('end', () => response.setHeader('content-type', 'application/json').end('{}'));
+  });
+  topology.testbed.defer(() => {
+    server.close();
+    server.closeAllConnections();
+  });
+  return new Promise((resolve, reject) => {
+    server.once('error', reject).listen(join(topology.runDir, 'agent.sock'), resolve);
+  });
+}
+
 export interface InPodOptions extends Partial<TopologyOptions> {
   client?: PodOptions;
   server?: PodOptions;
@@ -113,7 +132,7 @@ export class InPodMesh {
   static async start(options: InPodOptions = {}, ports: readonly number[] = [APP]): Promise<InPodMesh> {
     const mesh = new InPodMesh(options);
     try {
-      await assentingAgent(mesh.topology);
+      await acknowledge(mesh.topology);
       await mesh.topology.add(mesh.client, mesh.server, mesh.plain);
       for (const actor of ['client', 'server', 'plain', 'outsider', 'host'] as const) {
         for (const port of ports) await mesh.endpoint(actor).listen(port);

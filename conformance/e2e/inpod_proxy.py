@@ -63,7 +63,7 @@ def connect(address, port, source=None):
         if family == socket.AF_INET:
             one.setsockopt(socket.SOL_IP, IP_TRANSPARENT, 1)
         else:
-            one.setsockopt(socket.SOL_IPV6, IPV6_TRANSPARENT, 1)
+            one.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)
         one.bind((source, 0))
     try:
         one.connect((address, port))

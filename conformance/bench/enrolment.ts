@@ -12,7 +12,7 @@ import { must, Testbed, until } from '../netns.ts';
 import { makePods } from './pods.ts';
 import { quantile } from './statistics.ts';
 
-export interface AgentCosts {
+export interface EnrolmentCosts {
   pods: number;
   /** seconds from the agent's start until every pod is attached and annotated */
   coldStart: number;
@@ -30,12 +30,12 @@ export interface AgentCosts {
 const NAMESPACE = 'bench';
 const MODE = 'istio.io/dataplane-mode';
 
-export async function benchAgent(options: {
+export async function benchEnrolment(options: {
   pods: number;
   flips: number;
   idleSeconds: number;
   note: (text: string) => void;
-}): Promise<AgentCosts> {
+}): Promise<EnrolmentCosts> {
   const { note } = options;
   using testbed = Testbed.open();
   const plane = await ControlPlane.start(testbed);
@@ -112,7 +112,7 @@ export async function benchAgent(options: {
 }
 
 /** One pod, out by its label and in again. */
-async function flip(site: Site, flips: number): Promise<AgentCosts['labelToRedirected']> {
+async function flip(site: Site, flips: number): Promise<EnrolmentCosts['labelToRedirected']> {
   const native = loadNative();
   const state = native.openState(site.topology.stateDir);
   try {
@@ -157,7 +157,7 @@ function processorSeconds(pid: number): number {
   return (Number(fields[11]) + Number(fields[12])) / 100;
 }
 
-export function agentReport(costs: AgentCosts): string {
+export function enrolmentReport(costs: EnrolmentCosts): string {
   const { labelToRedirected: label } = costs;
   const rows = [
     ['pods enrolled from a cold start', `${costs.pods}`],
