@@ -326,7 +326,7 @@ describe('restarts', () => {
   test('an upgrade of ztunnel, the second beside the first, which drains, loses no request at a fixed rate', async () => {
     open();
     await site.agent();
-    const first = await site.ztunnel('--drain-ms', '1000');
+    const first = await site.ztunnel();
     const [client, server] = [enrolled('client'), enrolled('server')];
     await start(client, server);
     await server.endpoint.listen(APP);

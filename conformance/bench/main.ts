@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // npm run bench -- [--quick|--full] [--only TEXT] [--resume]
 // npm run bench -- add [--rounds N] [--attachments 1,1000]
+// npm run bench -- agent [--pods 1000]
 
 import { parseArgs } from 'node:util';
 import { benchAdd } from './add.ts';
+import { benchAgent } from './agent.ts';
 import { peer } from './programs.ts';
 import { addReport, report } from './report.ts';
 import { benchTraffic } from './traffic.ts';
 
 const USAGE = `usage: npm run bench -- [--quick | --full] [--only TEXT] [--resume]
        npm run bench -- add [--rounds N] [--attachments N,N]
+       npm run bench -- agent [--pods N]
 `;
 
 function refuse(): never {
@@ -28,6 +31,7 @@ const { values, positionals } = (() => {
         resume: { type: 'boolean', default: false },
         rounds: { type: 'string', default: '30' },
         attachments: { type: 'string', default: '1,1000' },
+        pods: { type: 'string', default: '1000' },
       },
     });
   } catch {
@@ -51,6 +55,10 @@ if (what === 'add') {
     note,
   });
   process.stdout.write(addReport(costs));
+} else if (what === 'agent') {
+  const pods = Number(values.pods);
+  if (!Number.isInteger(pods) || pods < 1) refuse();
+  await benchAgent(pods);
 } else if (what === undefined) {
   const { directory, result } = await benchTraffic({
     profile: values.quick ? 'quick' : values.full ? 'full' : 'default',
