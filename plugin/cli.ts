@@ -61,8 +61,8 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
 
   stateOptions(command(program, 'status', 'is the traffic of enrolled pods in order, and what carries it'))
     .addOption(format(['table', 'json']))
-    .action((options: DirectoryOptions & Format) => {
-      finish(status(loadNative(), terminal, directoriesOf(options), options.output === 'json'));
+    .action(async (options: DirectoryOptions & Format) => {
+      finish(await status(loadNative(), terminal, directoriesOf(options), options.output === 'json'));
     });
 
   stateOptions(command(program, 'pods', 'a row per attachment'))

@@ -136,6 +136,14 @@ describe('ADD', () => {
     }
     await seen.until('HBONE', 'tcp port 15008', (packets) => packets.length > 0);
     expect(seen.packets(AROUND)).toEqual([]);
+    const status = JSON.parse((await command('status', '-o', 'json')).stdout);
+    expect(status.agent).toEqual({ present: true, pid: agent.process.pid, pending: 0, unready: [] });
+    expect(status.ztunnel).toMatchObject({
+      socket: site.zdsSocket,
+      connections: [{ pid: ztunnel.process.pid, phase: 'live', pods: 2, newest: true }],
+      pods: 2,
+      unacknowledged: 0,
+    });
     const { workloads } = await agent.get<{ workloads: { uid: string; acknowledged: boolean }[] }>('/v1/workloads');
     expect(workloads.map(({ uid, acknowledged }) => `${uid} ${acknowledged}`).sort()).toEqual([
       'uid-client true',
@@ -318,7 +326,7 @@ describe('restarts', () => {
   test('an upgrade of ztunnel, the second beside the first, which drains, loses no request at a fixed rate', async () => {
     open();
     await site.agent();
-    const first = await site.ztunnel('--drain-ms', '1000');
+    const first = await site.ztunnel();
     const [client, server] = [enrolled('client'), enrolled('server')];
     await start(client, server);
     await server.endpoint.listen(APP);

@@ -5,7 +5,9 @@
 // npm run bench -- agent [--pods 1000]
 
 import { parseArgs } from 'node:util';
+import { missingControlPlane } from '../kubernetes/build.ts';
 import { benchAdd } from './add.ts';
+import { benchAgent } from './agent.ts';
 import { benchEnrolment, enrolmentReport } from './enrolment.ts';
 import { peer } from './programs.ts';
 import { addReport, report } from './report.ts';
@@ -69,7 +71,11 @@ async function main(): Promise<void> {
     const pods = Number(values.pods);
     if (!Number.isInteger(pods) || pods < 1) refuse();
     const note = (text: string) => process.stderr.write(`${text}\n`);
-    process.stdout.write(enrolmentReport(await benchEnrolment({ pods, flips: 100, idleSeconds: 60, note })));
+    await benchAgent(pods);
+    const missing = missingControlPlane();
+    if (missing === undefined) {
+      process.stdout.write(enrolmentReport(await benchEnrolment({ pods, flips: 100, idleSeconds: 60, note })));
+    } else note(`enrolment through the API not run: ${missing}`);
   } else if (what === undefined) {
     const { directory, result } = await benchTraffic({
       profile: values.quick ? 'quick' : values.full ? 'full' : 'default',
