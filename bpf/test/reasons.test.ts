@@ -8,7 +8,6 @@ import { describe, expect, test } from 'vitest';
 import { loadNative } from '../../plugin/addon.ts';
 
 const ROOT = dirname(dirname(import.meta.dirname));
-const e2e = (name: string) => `conformance/e2e/${name}.conformance.test.ts`;
 
 const TESTED_IN: Record<string, string> = {
   redirected_outbound: 'bpf/test/hooks.test.ts',
@@ -23,12 +22,12 @@ const TESTED_IN: Record<string, string> = {
   proxy_assigned: 'bpf/test/hooks.test.ts',
   proxy_delivered: 'bpf/test/proxy-ingress.ts',
   proxy_time_wait: 'bpf/test/proxy-ingress.ts',
-  dns_captured: e2e('dns'),
-  dns_answered: e2e('dns'),
+  dns_captured: 'bpf/test/dns.ts',
+  dns_answered: 'bpf/test/dns.ts',
   pass_not_tcp: 'bpf/test/parse-cases.ts',
   pass_host_socket: 'bpf/test/pod-ingress.ts',
-  pass_excluded_port: e2e('exclusions'),
-  pass_excluded_cidr: e2e('exclusions'),
+  pass_excluded_port: 'bpf/test/rules.ts',
+  pass_excluded_cidr: 'bpf/test/rules.ts',
   pass_no_proxy_socket: 'bpf/test/pod-egress.ts',
   pass_failure_policy_open: 'bpf/test/pod-egress.ts',
   pass_draining: 'bpf/test/pod-egress.ts',
@@ -38,7 +37,7 @@ const TESTED_IN: Record<string, string> = {
   pass_bypass: 'bpf/test/pod-egress.ts',
   pass_proxy_own: 'bpf/test/proxy-egress.ts',
   pass_not_wanted: 'bpf/test/pod-egress.ts',
-  pass_fragment: e2e('fragments'),
+  pass_fragment: 'bpf/test/fragments.ts',
   drop_no_listener: 'bpf/test/pod-ingress.ts',
   drop_spoofed_source: 'bpf/test/pod-egress.ts',
   drop_short_first_fragment: 'bpf/test/parse-cases.ts',
