@@ -51,7 +51,9 @@ export function enroll(
   };
   const record = attach(native, config, target);
   const addresses = record.addresses.map(formatAddress).join(', ') || 'no address';
-  terminal.out(`enrolled ${describePod(record)}: ${record.ifname} (${addresses}) through ${record.hostIfname}\n`);
+  terminal.out(
+    `enrolled ${describePod(record)}: ${record.ifname} (${addresses}) through ${record.hostIfname || 'programs in its namespace only'}\n`,
+  );
   return 0;
 }
 
