@@ -2,9 +2,11 @@
 // npm run bench -- [--quick|--full] [--only TEXT] [--resume] [--publish]
 // npm run bench -- publish [DIRECTORY]
 // npm run bench -- add [--rounds N] [--attachments 1,1000]
+// npm run bench -- agent [--pods 1000]
 
 import { parseArgs } from 'node:util';
 import { benchAdd } from './add.ts';
+import { benchAgent } from './agent.ts';
 import { peer } from './programs.ts';
 import { addReport, report } from './report.ts';
 import { benchTraffic, finished, publish } from './traffic.ts';
@@ -17,6 +19,7 @@ const USAGE = `usage: npm run bench -- [--quick | --full] [--only TEXT] [--resum
          --publish   write BENCHMARKS.md and its plots from the result
        npm run bench -- publish [DIRECTORY of a result]
        npm run bench -- add [--rounds N] [--attachments N,N]
+       npm run bench -- agent [--pods N]
 `;
 
 function refuse(): never {
@@ -36,6 +39,7 @@ const { values, positionals } = (() => {
         publish: { type: 'boolean', default: false },
         rounds: { type: 'string', default: '30' },
         attachments: { type: 'string', default: '1,1000' },
+        pods: { type: 'string', default: '1000' },
       },
     });
   } catch {
@@ -71,6 +75,10 @@ async function main(): Promise<void> {
     process.stderr.write(`results, tables and plots: ${directory}\n`);
     if (values.publish) process.stderr.write(`written: ${(await publish(result)).join(', ')}\n`);
     if (result.runs.some((run) => run.invalid !== undefined)) process.exitCode = 1;
+  } else if (what === 'agent') {
+    const pods = Number(values.pods);
+    if (!Number.isInteger(pods) || pods < 1) refuse();
+    await benchAgent(pods);
   } else if (what === 'publish') {
     process.stderr.write(`written: ${(await publish(finished(more[0]).result)).join(', ')}\n`);
   } else {
