@@ -28,12 +28,17 @@ const MAPS = [
   'exclusions',
   'flows',
   'fragments',
+  'identity',
   'interfaces',
+  'jump',
+  'jump_lookup',
   'listeners',
   'proxies',
+  'proxy_cgroups',
+  'proxy_sockets',
   'resolvers',
-  'reused',
   'settings',
+  'steered',
   'trace',
 ];
 
@@ -75,9 +80,14 @@ describe('createState', () => {
       events: { type: 'ringbuf', max_entries: 1 << 20 },
       exclusions: { type: 'hash_of_maps', bytes_key: 4, max_entries: 16, flags: noPrealloc },
       fragments: { type: 'lru_hash', bytes_key: 40, bytes_value: 48, max_entries: 4096 },
-      listeners: { type: 'sockhash', bytes_key: 8, bytes_value: 8, max_entries: 64 },
-      resolvers: { type: 'lru_hash', bytes_key: 20, bytes_value: 16, max_entries: 16384 },
-      reused: { type: 'lru_hash', bytes_key: sizes.tuple, bytes_value: 8, max_entries: 4096 },
+      listeners: { type: 'sockhash', bytes_key: 8, bytes_value: 8, max_entries: 128 },
+      resolvers: { type: 'lru_hash', bytes_key: 24, bytes_value: 16, max_entries: 16384 },
+      steered: { type: 'lru_hash', bytes_key: 40, bytes_value: 16, max_entries: 16384 },
+      proxy_cgroups: { type: 'hash', bytes_key: 8, bytes_value: 4, max_entries: 64, flags: noPrealloc },
+      proxy_sockets: { type: 'sk_storage', bytes_key: 4, bytes_value: 4, max_entries: 0, flags: noPrealloc },
+      identity: { type: 'percpu_array', bytes_key: 4, bytes_value: 4, max_entries: 1 },
+      jump: { type: 'prog_array', bytes_key: 4, bytes_value: 4, max_entries: 2 },
+      jump_lookup: { type: 'prog_array', bytes_key: 4, bytes_value: 4, max_entries: 1 },
       trace: { type: 'array', bytes_key: 4, bytes_value: 16, max_entries: 1 },
       flows: { type: 'lru_hash', bytes_key: sizes.tuple, bytes_value: sizes.flow, max_entries: 1024 },
       interfaces: { type: 'hash', bytes_key: 4, bytes_value: sizes.interface, max_entries: 16, flags: noPrealloc },
@@ -195,7 +205,7 @@ describe('openState', () => {
   }
 
   test.each([
-    ['a later layout', 3, 200],
+    ['a later layout', 4, 200],
     ['an earlier layout of another size', 0, 8],
   ])('%s: EPROTO that names found and wanted', (_, layout, size) => {
     native.createState(dir, WANTED);
@@ -203,7 +213,7 @@ describe('openState', () => {
     for (const action of [() => native.openState(dir), () => native.createState(dir, WANTED)]) {
       expect(failure(action)).toMatchObject({
         code: 'EPROTO',
-        message: `bpf(BPF_OBJ_GET) ${dir}/settings has layout ${layout}, this program wants layout 2: EPROTO`,
+        message: `bpf(BPF_OBJ_GET) ${dir}/settings has layout ${layout}, this program wants layout ${native.layoutVersion}: EPROTO`,
       });
     }
   });
@@ -495,8 +505,13 @@ describe('direct flows and usage', () => {
       ['exclusions', 0, 16],
       ['fragments', 0, 4096],
       ['resolvers', 0, 16384],
-      ['listeners', 0, 64],
-      ['reused', 0, 4096],
+      ['listeners', 0, 128],
+      ['steered', 0, 16384],
+      ['proxy_cgroups', 0, 64],
+      ['proxy_sockets', 0, 0],
+      ['identity', 1, 1],
+      ['jump', 2, 2],
+      ['jump_lookup', 1, 1],
       ['trace', 1, 1],
       ['events', 0, 1 << 20],
       ['counters', 0, 512],

@@ -64,7 +64,7 @@ export function parseFortio(text: string): Measured {
   return {
     metrics: { qps: result.ActualQPS, p50: us(50), p90: us(90), p99: us(99), p999: us(99.9) },
     // A GET of fortio's has at least 40 bytes.
-    traffic: { connections: result.SocketCount, bytes: result.Sizes.Sum, sent: requests * 40 },
+    traffic: { connections: result.SocketCount, bytes: result.Sizes.Sum, sent: requests * 40, packets: requests },
     units: requests,
     seconds: result.ActualDuration / 1e9,
     ...(good !== requests && { failure: `fortio: ${requests - good} of ${requests} requests failed` }),
@@ -111,7 +111,7 @@ export function parseWrk(text: string, connections: number): Measured {
       p90: latency('90'),
       p99: latency('99'),
     },
-    traffic: { connections, bytes, sent: requests * 40 },
+    traffic: { connections, bytes, sent: requests * 40, packets: requests },
     units: requests,
     seconds: Number(seconds),
     ...((errors || bad) && { failure: `wrk: ${errors ?? `${bad} bad responses`}` }),
@@ -154,7 +154,12 @@ export function parseIperf(text: string, streams: number, reverse: boolean): Mea
   const moved = Math.floor(bytes * 0.99);
   return {
     metrics: { gbps: bits_per_second / 1e9 },
-    traffic: { connections: streams + 1, bytes: moved, sent: reverse ? 0 : moved },
+    traffic: {
+      connections: streams + 1,
+      bytes: moved,
+      // A packet has at most 64 KiB before it is cut for a wire, and there is none here.
+      ...(reverse ? { sent: 0, packets: 0 } : { sent: moved, packets: Math.floor(moved / 2 ** 16) }),
+    },
     units: (bytes * 8) / 1e9,
     seconds,
   };
@@ -203,6 +208,7 @@ export function parsePeer(text: string, opensConnections: boolean): Measured {
       connections: result.connections,
       bytes: 2 * result.bytes,
       sent: result.bytes,
+      packets: result.transactions,
       ...(opensConnections && { opensConnections: true }),
     },
     units: result.transactions,

@@ -9,7 +9,7 @@ import { join } from 'node:path';
 import { counters, increases } from '../e2e/counters.ts';
 import { executable, type Family, families, type Pod, type PodOptions, Topology } from '../e2e/topology.ts';
 import { kernelState } from '../kernel-state.ts';
-import { must, type Namespace, until } from '../netns.ts';
+import { must, type Namespace, type Running, until } from '../netns.ts';
 import { inPodRules, PROXY_TUNNEL, sharedRules, type Tunnel } from './iptables.ts';
 import type { Evidence, Expectation } from './judge.ts';
 import { type Listener, type ProxyKind, type RunningProxy, startProxy } from './proxies.ts';
@@ -104,6 +104,7 @@ export class World {
   /** For files of whoever measures here. */
   readonly directory: string;
   #proxies: Record<string, RunningProxy> = {};
+  #server: Running | undefined;
   #kind: ProxyKind | undefined;
   #hooks: string[] = [];
 
@@ -146,6 +147,9 @@ export class World {
     const { wiring } = this.mode;
     const pods = [client, server, ...(this.proxy ? [this.proxy] : [])];
     await topology.add(...pods);
+    // The same on every machine, and not one that paces (bbr), which hides what the path costs. A namespace may have the
+    // kernel's unrestricted ones only, and cubic need not be one.
+    for (const pod of pods) pod.netns.run(['sysctl', '-qw', 'net.ipv4.tcp_congestion_control=reno']);
     // A proxy that keeps the client's address picks a port for it. Were it the client's own port, conntrack would take two
     // connections for one, and netfilter modes would lose a few of thousands: the proxies' ports are others than the
     // client's (32768 and up), in every mode.
@@ -165,7 +169,16 @@ export class World {
     const { peer, fortio } = this.#options;
     const start = (argv: string[]) => this.topology.testbed.start(netns.argv(argv));
     const counters = join(this.directory, 'server');
-    start([peer, 'server', '--http', `${PORTS.http}`, '--echo', `${PORTS.echo}`, '--counters', counters]);
+    this.#server = start([
+      peer,
+      'server',
+      '--http',
+      `${PORTS.http}`,
+      '--echo',
+      `${PORTS.echo}`,
+      '--counters',
+      counters,
+    ]);
     start(['iperf3', '--server', '--port', `${PORTS.iperf}`]);
     const ports: number[] = [PORTS.http, PORTS.echo, PORTS.iperf];
     if (fortio !== undefined) {
@@ -174,6 +187,11 @@ export class World {
       ports.push(PORTS.fortio);
     }
     await until(`servers listen in ${netns.name}`, () => allListen(netns, ports), 20_000);
+  }
+
+  /** Ends the native server. */
+  async stopServer(): Promise<void> {
+    await this.#server?.stop('SIGKILL');
   }
 
   /** Puts this kind of proxy in the place of the one that runs. */

@@ -2,8 +2,8 @@
 // npm run mutate:bpf [-- --minutes N] [--only TEXT] [--list]: changes one thing in bpf/ at a time, and runs the BPF-level
 // suite (bpf/test) on the result. Each change that no test notices is printed with its place. Exit code 1 for one that
 // explained.json does not explain. What was found out is kept in build/mutate/, so that a run goes on where the last
-// one ended; it begins anew when the sources or the tests have changed. Changes are tried in an order that is mixed but
-// always the same, so that any part of a run is a fair sample.
+// one ended; it begins anew when the sources or the tests have changed. Conditions, comparisons and reasons are tried
+// before numbers, in an order that is mixed but always the same, so that any part of a run is a fair sample.
 //
 // A mutant needs no new addon: that of the fault injection takes the programs from $AMBIENT_REDIRECT_OBJECT. Nor a new
 // vitest: the tests of bpf/test/suite.ts are run in one process (worker.ts), hooks.test.ts only on what they let live.
@@ -61,10 +61,13 @@ for (const file of [...sources.keys(), ...globSync('bpf/test/*'), ...globSync('c
 mkdirSync(WORK, { recursive: true });
 const journal = join(WORK, `${digest.digest('hex').slice(0, 16)}.jsonl`);
 const known = new Map<string, Fate>();
+/** Survivors of suite.ts that hooks.test.ts was run on. */
+const atHooks = new Set<string>();
 if (existsSync(journal)) {
   for (const line of readFileSync(journal, 'utf8').trimEnd().split('\n')) {
-    const { id, fate } = JSON.parse(line) as { id: string; fate: Fate };
+    const { id, fate, hooks } = JSON.parse(line) as { id: string; fate: Fate; hooks?: boolean };
     known.set(id, fate);
+    if (hooks) atHooks.add(id);
   }
 }
 
@@ -111,6 +114,17 @@ async function run(): Promise<void> {
   }
   await Promise.all(ahead);
   judge.close();
+  for (const mutant of wanted) {
+    const id = describe(mutant);
+    if (known.get(id) !== 'survived' || atHooks.has(id) || explanation(mutant) !== undefined) continue;
+    if (performance.now() > end) break;
+    await compileIn(0, mutant);
+    const fate = hooks(join(WORK, '0', 'redirect.bpf.o'));
+    known.set(id, fate);
+    atHooks.add(id);
+    appendFileSync(journal, `${JSON.stringify({ id, fate, hooks: true })}\n`);
+    console.error(`at the hooks: ${fate}  ${place(mutant)}: ${change(mutant)}`);
+  }
   summary(tried, performance.now() - started);
 }
 
@@ -135,10 +149,10 @@ async function fateOf({ changed, object }: Compiled, judge: Judge): Promise<Fate
   if (changed === undefined) return 'not C';
   if (changed.length === 0) return 'same';
   const { fate } = await judge.judge({ object, changed });
-  return fate === 'survived' ? hooks(object) : fate;
+  return fate;
 }
 
-/** What BPF_PROG_TEST_RUN cannot show, for those that got that far. */
+/** What BPF_PROG_TEST_RUN cannot show, for those that got that far: last, because it takes longest. */
 function hooks(object: string): Fate {
   const { status } = spawnSync(
     process.execPath,
@@ -161,8 +175,19 @@ class Judge {
   #worker: ChildProcess | undefined;
   #left = 0;
 
+  /** Again with another worker where the first one fails for a reason of its own. */
   async judge(order: Order): Promise<Verdict> {
-    if (this.#worker === undefined || this.#left === 0) await this.#start();
+    try {
+      return await this.#judge(order);
+    } catch (error) {
+      console.error(`again: ${error instanceof Error ? error.message : String(error)}`);
+      this.close();
+      return await this.#judge(order);
+    }
+  }
+
+  async #judge(order: Order): Promise<Verdict> {
+    if (!this.#worker?.connected || this.#left === 0) await this.#start();
     this.#left -= 1;
     const worker = this.#worker;
     worker?.send(order);
@@ -192,7 +217,7 @@ class Judge {
   }
 
   close(): void {
-    this.#worker?.disconnect();
+    if (this.#worker?.connected) this.#worker.disconnect();
     this.#worker = undefined;
   }
 }
@@ -242,7 +267,7 @@ function mixed(mutants: readonly Mutant[]): Mutant[] {
   const key = (mutant: Mutant) => createHash('sha256').update(describe(mutant)).digest('hex');
   return mutants
     .map((mutant) => ({ mutant, key: key(mutant) }))
-    .sort((a, b) => (a.key < b.key ? -1 : 1))
+    .sort((a, b) => Number(a.mutant.constant) - Number(b.mutant.constant) || (a.key < b.key ? -1 : 1))
     .map(({ mutant }) => mutant);
 }
 

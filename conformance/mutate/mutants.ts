@@ -15,6 +15,8 @@ export interface Mutant {
   start: number;
   end: number;
   text: string;
+  /** A number; all else is a condition, a comparison or a reason. */
+  constant: boolean;
 }
 
 /** Another value of the same kind, for each operator. */
@@ -42,9 +44,10 @@ export function mutantsOf(file: string, source: string, reasons: readonly string
       const [token] = match;
       const at = start + match.index;
       const add = (text: string, from = at, to = at + token.length) =>
-        mutants.push(mutant(file, source, name, from, to, text));
+        mutants.push(mutant(file, source, name, from, to, text, /^\d/.test(token)));
       if (token in SWAPPED) add(SWAPPED[token] ?? '');
-      else if (/^\d/.test(token) && !(token === '0' && (before === '=' || isFlags(source, at)))) add(`(${token} + 1)`);
+      else if (/^\d/.test(token) && !(token === '0' && (before === '=' || isFlags(source, at))) && !isSize(source, at))
+        add(`(${token} + 1)`);
       else if (/^REASON_/.test(token)) add(otherReason(token, reasons));
       else if (token === 'if' || token === 'while') {
         const condition = parenthesised(source, at + token.length);
@@ -62,7 +65,15 @@ export function mutantsOf(file: string, source: string, reasons: readonly string
   return mutants;
 }
 
-function mutant(file: string, source: string, name: string, start: number, end: number, text: string): Mutant {
+function mutant(
+  file: string,
+  source: string,
+  name: string,
+  start: number,
+  end: number,
+  text: string,
+  constant: boolean,
+): Mutant {
   const lineStart = source.lastIndexOf('\n', start - 1) + 1;
   const found = source.indexOf('\n', end);
   const lineEnd = found === -1 ? source.length : found;
@@ -76,6 +87,7 @@ function mutant(file: string, source: string, name: string, start: number, end: 
     start,
     end,
     text,
+    constant,
   };
 }
 
@@ -97,6 +109,11 @@ function functions(source: string): { name: string; start: number; end: number }
 function isFlags(source: string, at: number): boolean {
   const call = source.slice(source.lastIndexOf('bpf_skb_store_bytes(', at), at);
   return source[at + 1] === ')' && !/[;{}]/.test(call) && call.startsWith('bpf_skb_store_bytes(');
+}
+
+/** The length in the declaration of an array: one more is never read. */
+function isSize(source: string, at: number): boolean {
+  return /^\s+(?:struct |const )*__?[a-z]+\d+[\w\s,[\]]*\[$/.test(source.slice(source.lastIndexOf('\n', at) + 1, at));
 }
 
 function isSimple(condition: string): boolean {

@@ -49,9 +49,13 @@ suite(datapath);
 async function judge({ object, changed }: Order): Promise<Verdict> {
   process.env.AMBIENT_REDIRECT_OBJECT = object;
   runs += 1;
-  const failure = await runCollected(changed, () => {
-    for (const one of datapaths.values()) one.reset();
-  });
+  const failure = await runCollected(
+    changed,
+    () => {
+      for (const one of datapaths.values()) one.reset();
+    },
+    (error) => error instanceof Refused,
+  );
   for (const { state, directory } of datapaths.values()) {
     node.native.closeState(state);
     rmSync(directory, { recursive: true });

@@ -35,6 +35,7 @@ export class AgentSite {
       kubeApi: undefined,
       kubeCaFile: undefined,
       kubeTokenFile: undefined,
+      criSocket: undefined,
       enablementSelectors: undefined,
       redirectMode: undefined,
       ambientConfigDir: '/nowhere',

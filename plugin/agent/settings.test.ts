@@ -25,6 +25,7 @@ test('defaults, where Istio has them Istio’s', () => {
     kubeApi: undefined,
     kubeCaFile: undefined,
     kubeTokenFile: undefined,
+    criSocket: undefined,
     enablementSelectors: undefined,
     redirectMode: undefined,
     ambientConfigDir: '/etc/ambient-config',

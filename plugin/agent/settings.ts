@@ -59,6 +59,13 @@ export const AGENT_SETTINGS = {
     logLevel,
   ),
   ...KUBERNETES_SETTINGS,
+  criSocket: row(
+    '--cri-socket <path>',
+    'AMBIENT_REDIRECT_CRI_SOCKET',
+    undefined,
+    "the container runtime's, to find pods that the plugin has not seen; without it where containerd and CRI-O have it",
+    String,
+  ) as Setting<string | undefined>,
   ...MESH_SETTINGS,
   reconcileSeconds: row(
     '--reconcile-seconds <seconds>',

@@ -155,13 +155,13 @@ export class Truth {
     const findings = verify(native, state, config, key, record);
     if (
       record.role === 'pod' &&
-      !direct.has(record.hostIfindex) &&
+      !direct.has(record.interfaceId) &&
       !findings.some(({ kind }) => kind === 'interface')
     ) {
       findings.push({
         code: 106,
         kind: 'map',
-        object: `table of direct flows of ${record.hostIfname}`,
+        object: `table of direct flows of ${record.hostIfname || record.ifname}`,
         expected: 'one',
         found: 'none',
       });

@@ -41,7 +41,9 @@ export function unenroll(native: Native, terminal: Terminal, settings: Settings,
     }
     detach(native, dirs, key);
     remember(native, settings, key, record);
-    terminal.out(`unenrolled ${describePod(record)}: ${record.ifname} through ${record.hostIfname}\n`);
+    terminal.out(
+      `unenrolled ${describePod(record)}: ${record.ifname}${record.hostIfname === '' ? '' : ` through ${record.hostIfname}`}\n`,
+    );
   }
   if (options.drain === false) terminal.err('connections of these pods that went through the proxy are cut\n');
   else {

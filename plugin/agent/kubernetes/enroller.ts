@@ -310,7 +310,10 @@ export class Enroller {
       const attachment = attachments[i];
       if (role === 'none') {
         if (attachment?.record.role === 'pod') await this.#leave(pod, attachment, reason);
-        else if (attachment?.record.role === 'proxy') this.#dismiss(attachment, reason);
+        // What drains needs the proxy still.
+        else if (attachment?.record.role === 'proxy' && !isUninstalled(this.#options.config.runDir)) {
+          this.#dismiss(attachment, reason);
+        }
         continue;
       }
       if ((await this.#enter(pod, attachment, ifname, role, reason)) && role === 'pod') enrolled++;

@@ -8,6 +8,7 @@ import { ensurePrograms, ensureState } from '../../state.ts';
 import type { Agent } from '../agent.ts';
 import type { AgentSettings } from '../settings.ts';
 import { Api, type ClusterAccess } from './api.ts';
+import { CriSandboxes } from './cri.ts';
 import { Enroller } from './enroller.ts';
 import { ProcessSandboxes } from './sandboxes.ts';
 
@@ -30,6 +31,13 @@ export function clusterAccess(
     caFile: kubeCaFile ?? `${ACCOUNT}/ca.crt`,
     tokenFile: kubeTokenFile ?? `${ACCOUNT}/token`,
   };
+}
+
+/** Where containerd and CRI-O listen; a socket that comes later is seen, too. */
+const CRI_SOCKETS = ['/run/containerd/containerd.sock', '/run/crio/crio.sock'];
+
+function criSockets(setting: string | undefined): string[] {
+  return setting === undefined ? CRI_SOCKETS : [setting];
 }
 
 export interface KubernetesPart {
@@ -65,7 +73,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
     state,
     api,
     nodeName: settings.nodeName,
-    sandboxes: [new ProcessSandboxes()],
+    sandboxes: [...criSockets(settings.criSocket).map((path) => new CriSandboxes(path)), new ProcessSandboxes()],
     log: (level, text, fields) => log[level](fields ?? {}, text),
     compare: (record) => agent.compare(new Set([record.hostIfindex])),
     onReconciled: (seconds) => latency.observe(seconds),
