@@ -205,7 +205,7 @@ function state(native: Native, directories: Directories, config: RedirectConfig 
 /** Others' programs and filters on the host-side interfaces that ours are on. */
 function foreignPrograms(native: Native, found: Survey): Finding[] {
   return found.attachments
-    .filter(({ record, present }) => present && record.hooks.length > 0)
+    .filter(({ record, present }) => present && record.hooks.length > 0 && record.hostIfindex !== 0)
     .flatMap(({ record }) =>
       othersAt(native, record).map(({ direction, what, ahead }) =>
         foreign(`${direction} of ${record.hostIfname}`, printable(what), ahead),
