@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Command } from 'commander';
@@ -167,4 +167,30 @@ test('a network of its own cannot be', () => {
   expect(() => entryOptions(readSettings(table, {}, { CHAINED_CNI_PLUGIN: 'false' }))).toThrow(
     'CHAINED_CNI_PLUGIN=false cannot be',
   );
+});
+
+describe('README', () => {
+  const readme = readFileSync(join(import.meta.dirname, '../README.md'), 'utf8');
+  const [, section = ''] = /\n## Install on a node\n([\s\S]*?)\n## /.exec(readme) ?? [];
+  const rowsOf = (table: SettingTable) =>
+    Object.values(table).map(({ flag, environment, fallback, meaning }) =>
+      `| \`${flag}\` | ${environment.map((name) => `\`${name}\``).join(', ')} | ${fallback ? `\`${fallback}\`` : ''} | ${meaning} |`.replace(
+        /\| +\|/,
+        '| |',
+      ),
+    );
+
+  test.each([
+    ['install', INSTALL_SETTINGS],
+    ['uninstall', UNINSTALL_SETTINGS],
+  ] as const)('has every setting of %s, with its variables and its default', (_command, table) => {
+    const rows = section.split('\n').filter((line) => line.startsWith('| `--'));
+    expect(rows).toEqual(expect.arrayContaining(rowsOf(table)));
+  });
+
+  test('has no other', () => {
+    const rows = section.split('\n').filter((line) => line.startsWith('| `--'));
+    const known = new Set([...rowsOf(INSTALL_SETTINGS), ...rowsOf(UNINSTALL_SETTINGS)]);
+    expect(rows.filter((row) => !known.has(row))).toEqual([]);
+  });
 });

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
 import { expect, test } from 'vitest';
 import { readSettings, settingOptions } from '../settings.ts';
 import { AGENT_SETTINGS } from './settings.ts';
@@ -51,4 +53,14 @@ test.each([
   ['reconcileSeconds', '-1', 'It must be 0 to 86400.'],
 ])('%s = %s', (name, text, message) => {
   expect(() => readSettings(AGENT_SETTINGS, { [name]: text }, {})).toThrow(message);
+});
+
+test("the README's table is this one", () => {
+  const readme = readFileSync(join(import.meta.dirname, '../../README.md'), 'utf8');
+  const section = readme.slice(readme.indexOf('\n## The node agent\n'), readme.indexOf('\n## Kubernetes\n'));
+  const rows = Object.values(AGENT_SETTINGS).map(({ flag, environment, fallback, meaning }) => {
+    const variables = environment.map((name) => `\`${name}\``).join(', ');
+    return `| \`${flag}\` | ${variables} |${fallback ? ` \`${fallback}\`` : ''} | ${meaning} |`;
+  });
+  expect(section.split('\n').filter((line) => line.startsWith('| `--'))).toEqual(rows);
 });

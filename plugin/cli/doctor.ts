@@ -8,12 +8,14 @@ import { dirname, join } from 'node:path';
 import { CniError } from '../cni/errors.ts';
 import { SUPPORTED_VERSIONS } from '../cni/version.ts';
 import { describePod } from '../datapath.ts';
+import { othersAt } from '../foreign.ts';
 import { isAmbientIstio, isRightPlace, type ListedPlugin, type NetworkFile, PLUGIN_TYPE } from '../install/conflist.ts';
 import { type FoundFile, readNetworkDirectory } from '../install/network-directory.ts';
-import { type AttachmentRecord, HOST, type Native } from '../native.ts';
+import type { AttachmentRecord, Native } from '../native.ts';
 import { ANNOTATIONS_CAPABILITY } from '../redirect/annotations.ts';
-import { declaresCapability, parseConfig } from '../redirect/config.ts';
-import type { Directories } from '../state.ts';
+import { declaresCapability, parseConfig, type RedirectConfig } from '../redirect/config.ts';
+import { decideEnrolment } from '../redirect/enrolment.ts';
+import { type Directories, hasCode } from '../state.ts';
 import { type Survey, survey } from './survey.ts';
 import { formatTable } from './table.ts';
 import { printable, type Terminal } from './terminal.ts';
@@ -111,9 +113,9 @@ export function doctor(
 }
 
 export function diagnose(native: Native, directories: Directories, confDir: string): Diagnosis {
-  const features = native.features();
+  const features = knownFeatures(native);
   const findings: Finding[] = [
-    ...VARIANTS.filter(({ feature, required }) => required && features[feature] !== true).map(
+    ...VARIANTS.filter(({ feature, required }) => required && features[feature] === false).map(
       ({ feature, since }): Finding => ({
         level: 'fails',
         subject: 'kernel',
@@ -123,7 +125,7 @@ export function diagnose(native: Native, directories: Directories, confDir: stri
     ...capabilities(native.capabilities()),
     ...lockdown(),
     ...bpffs(native, directories),
-    ...attempt('state', () => state(native, directories)),
+    ...attempt('state', () => state(native, directories, entryIn(confDir))),
     ...conflists(confDir),
     ...sysctls(),
     {
@@ -133,6 +135,16 @@ export function diagnose(native: Native, directories: Directories, confDir: stri
     },
   ];
   return { kernel: { release: release(), architecture: arch(), features }, findings };
+}
+
+/** Without the right to load programs nothing can be tried: {}. The missing capability is a finding of its own. */
+function knownFeatures(native: Native): Record<string, boolean> {
+  try {
+    return native.features();
+  } catch (error) {
+    if (hasCode(error, 'EPERM')) return {};
+    throw error;
+  }
 }
 
 /** linux/capability.h */
@@ -172,7 +184,7 @@ function bpffs(native: Native, { stateDir }: Directories): Finding[] {
   return [{ level: 'ok', subject: 'bpffs', text: `mounted on ${parent}` }];
 }
 
-function state(native: Native, directories: Directories): Finding[] {
+function state(native: Native, directories: Directories, config: RedirectConfig | undefined): Finding[] {
   const found = survey(native, directories);
   if (found === null) return [{ level: 'note', subject: 'state', text: `none in ${directories.stateDir}` }];
   return [
@@ -184,38 +196,21 @@ function state(native: Native, directories: Directories): Finding[] {
         text,
       }),
     ),
+    ...(config === undefined ? [] : otherwiseDecided(found.attachments, config)),
     ...foreignPrograms(native, found),
     ...changedMac(native, found),
   ];
 }
 
-/**
- * Others' programs and filters on the host-side interfaces that ours are on. Those that run before ours keep from it
- * whatever they end the chain for. A TCX program runs before every filter.
- */
+/** Others' programs and filters on the host-side interfaces that ours are on. */
 function foreignPrograms(native: Native, found: Survey): Finding[] {
-  const findings: Finding[] = [];
-  const hasTcx = native.features().tcx === true;
-  for (const { record, present } of found.attachments) {
-    if (!present || record.hooks.length === 0 || record.hostIfindex === 0) continue;
-    for (const direction of ['ingress', 'egress'] as const) {
-      const own = record.hooks.find((hook) => hook.direction === direction && !hook.inNetns);
-      let reached = false;
-      const look = (programId: number, what: string) => {
-        if (programId === own?.programId) reached = true;
-        else findings.push(foreign(`${direction} of ${record.hostIfname}`, what, own !== undefined && !reached));
-      };
-      if (hasTcx) {
-        for (const { programId } of native.queryTcx(HOST, record.hostIfindex, direction)) {
-          look(programId, `TCX program ${programId} (${nameOf(native, programId)})`);
-        }
-      }
-      for (const { programId, kind, priority, name } of native.filters(HOST, record.hostIfindex, direction)) {
-        look(programId, `a ${kind} filter of priority ${priority}${name === '' ? '' : ` (${printable(name)})`}`);
-      }
-    }
-  }
-  return findings;
+  return found.attachments
+    .filter(({ record, present }) => present && record.hooks.length > 0 && record.hostIfindex !== 0)
+    .flatMap(({ record }) =>
+      othersAt(native, record).map(({ direction, what, ahead }) =>
+        foreign(`${direction} of ${record.hostIfname}`, printable(what), ahead),
+      ),
+    );
 }
 
 function foreign(subject: string, what: string, ahead: boolean): Finding {
@@ -254,8 +249,49 @@ function macOf(native: Native, record: AttachmentRecord): string | undefined {
   }
 }
 
-function nameOf(native: Native, programId: number): string {
-  return printable(native.programById(programId)?.name ?? 'gone');
+/** What the entry of the first list that has one says; undefined: none that the plugin would take. */
+function entryIn(directory: string): RedirectConfig | undefined {
+  try {
+    const plugins = readNetworkDirectory(directory).flatMap(({ file }) => file?.plugins ?? []);
+    const entry = plugins.find(({ type }) => type === PLUGIN_TYPE);
+    return entry === undefined ? undefined : parseConfig(entry.fields);
+  } catch {
+    // Named among the findings about the directory.
+    return undefined;
+  }
+}
+
+/**
+ * Attachments that the entry would decide otherwise by what is known of any pod, its name: the entry was changed since
+ * their ADD, or they were made by hand.
+ */
+export function otherwiseDecided(
+  attachments: readonly {
+    record: Pick<AttachmentRecord, 'role' | 'podName' | 'podNamespace' | 'containerId' | 'ifname'>;
+  }[],
+  config: RedirectConfig,
+): Finding[] {
+  return attachments.flatMap(({ record }): Finding[] => {
+    if (record.role === 'none' || record.podName === '') return [];
+    const { role, reason } = decideEnrolment(
+      { ...config, enrollment: 'all' },
+      {
+        pod: { name: record.podName, namespace: record.podNamespace, uid: '' },
+        ifname: 'eth0',
+        annotations: null,
+        annotationsDeclared: true,
+      },
+    );
+    if (role === record.role) return [];
+    const is = record.role === 'proxy' ? 'is a proxy' : 'is enrolled';
+    const would = {
+      proxy: 'the entry makes it the proxy',
+      pod: 'by the entry it would be an ordinary pod',
+      none: `by the entry it would not be: ${reason}`,
+      undecided: reason,
+    }[role];
+    return [{ level: 'note', subject: describePod(record), text: `${is}; ${would}` }];
+  });
 }
 
 /** The files as a runtime reads them: by name, and containerd takes the first only. */
@@ -404,12 +440,13 @@ function device(path: string): number | undefined {
 function page({ kernel, findings }: Diagnosis, terminal: Terminal): string {
   const table = formatTable(
     ['FEATURE', 'SINCE', 'HERE', 'GIVES'],
-    VARIANTS.map(({ feature, since, gives, without }) => [
-      feature,
-      since,
-      kernel.features[feature] === true ? terminal.green('yes') : terminal.yellow('no'),
-      kernel.features[feature] === true ? gives : `(${gives}) instead: ${without}`,
-    ]),
+    VARIANTS.map(({ feature, since, gives, without }) => {
+      const here = kernel.features[feature];
+      if (here === undefined) return [feature, since, terminal.yellow('?'), gives];
+      return here
+        ? [feature, since, terminal.green('yes'), gives]
+        : [feature, since, terminal.yellow('no'), `(${gives}) instead: ${without}`];
+    }),
   );
   const colour = { ok: terminal.green, note: (text: string) => text, warning: terminal.yellow, fails: terminal.red };
   const lines = findings.map(

@@ -5,6 +5,7 @@ import { describePod } from '../datapath.ts';
 import { endDrains } from '../drain.ts';
 import type { Native } from '../native.ts';
 import { type Directories, knownStateDirs } from '../state.ts';
+import { type AgentReport, askForReport, reportDocument, reportLines, reportProblems } from './agent-report.ts';
 import {
   count,
   isRefusal,
@@ -16,7 +17,12 @@ import {
 } from './survey.ts';
 import { printable, type Terminal } from './terminal.ts';
 
-export function status(native: Native, terminal: Terminal, directories: Directories, json: boolean): 0 | 1 {
+export async function status(
+  native: Native,
+  terminal: Terminal,
+  directories: Directories,
+  json: boolean,
+): Promise<0 | 1> {
   endDrains(native, directories);
   const found = survey(native, directories);
   if (found === null) {
@@ -29,7 +35,13 @@ export function status(native: Native, terminal: Terminal, directories: Director
     );
     return 0;
   }
-  terminal.out(json ? `${JSON.stringify(document(native, found), undefined, 2)}\n` : page(native, found, terminal));
+  const report = await askForReport(directories);
+  found.problems.push(...reportProblems(report, found));
+  terminal.out(
+    json
+      ? `${JSON.stringify({ ...document(native, found), ...reportDocument(report) }, undefined, 2)}\n`
+      : page(native, found, report, terminal),
+  );
   return found.problems.some(({ severity }) => severity === 'impaired') ? 1 : 0;
 }
 
@@ -62,7 +74,7 @@ function variants(native: Native, found: Survey): string[] {
     .map(([name]) => name.slice('VARIANT_'.length).toLowerCase().replaceAll('_', '-'));
 }
 
-function document(native: Native, found: Survey): unknown {
+function document(native: Native, found: Survey): Record<string, unknown> {
   return {
     state: {
       dir: found.directories.stateDir,
@@ -94,7 +106,7 @@ export function proxyDocument(proxy: SurveyedProxy): unknown {
   };
 }
 
-function page(native: Native, found: Survey, terminal: Terminal): string {
+function page(native: Native, found: Survey, report: AgentReport, terminal: Terminal): string {
   const { enrolled, recorded, attaching } = counts(found);
   const forced = variants(native, found);
   const lines: [string, string][] = [
@@ -104,6 +116,7 @@ function page(native: Native, found: Survey, terminal: Terminal): string {
     ],
     ['kernel', `${found.kernel}, hooks: ${found.hook}${forced.length > 0 ? `, forced: ${forced.join(', ')}` : ''}`],
     ...proxyLines(found, terminal),
+    ...reportLines(report, terminal),
     [
       'pods',
       `${enrolled} enrolled, ${recorded} seen and not enrolled${attaching > 0 ? `, ${terminal.yellow(`${attaching} unfinished`)}` : ''}`,

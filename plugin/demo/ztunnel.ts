@@ -154,6 +154,8 @@ export class StandInZtunnel {
     if (this.#ended) return;
     this.#ended = true;
     this.#disconnect();
+    // What has connected by now is accepted first: the kernel resets what waits at a listener that is closed.
+    await new Promise((resolve) => setImmediate(resolve));
     for (const { proxy } of this.#pods.values()) proxy.stopListening();
     const deadline = performance.now() + (this.#options.drainMs ?? DRAIN_MS);
     const open = () => [...this.#pods.values()].some(({ proxy }) => proxy.connections > 0);
