@@ -42,6 +42,8 @@ export const COMPARISONS: readonly (readonly [string, string])[] = [
   ['clsact', 'iptables'],
   ['clsact', 'tcx'],
   ['iptables-vxlan', 'iptables'],
+  ['in-pod', 'iptables-in-pod'],
+  ['in-pod', 'fixed-in-pod'],
   ['iptables-in-pod', 'fixed-in-pod'],
 ];
 

@@ -26,19 +26,16 @@ const twins: [mode: string, wiredAs: string, reason: RegExp][] = [
   ['iptables-vxlan', 'iptables', /there is no tunnel/],
   ['iptables-vxlan-all', 'iptables-vxlan', /packets and \d+ bytes, \d+ and \d+ came through the tunnel/],
   ['fixed-in-pod', 'fixed', /"client fixed" accepted 0/],
+  ['in-pod', 'tcx', /"client outbound" accepted 0/],
+  ['in-pod', 'iptables-in-pod', /attached to nowhere/],
+  ['iptables-in-pod', 'in-pod', /programs are attached/],
   ['iptables-in-pod', 'iptables', /"client outbound" accepted 0/],
 ];
 
 /** What breaks a mode's wiring while everything still answers, and what the bench must find. */
 const sabotage: Record<string, { what: string; how: (world: World) => void; reason: RegExp }> = {
-  tcx: {
-    what: 'the client left the mesh',
-    how: ({ client, topology: { node, stateDir, runDir } }) => {
-      const where = ['--state-dir', stateDir, '--run-dir', runDir];
-      node.run([executable, 'unenroll', '--netns', client.netns.path, '--no-drain', ...where]);
-    },
-    reason: /"shared outbound" accepted 0/,
-  },
+  tcx: { what: 'the client left the mesh', how: leaveMesh, reason: /"shared outbound" accepted 0/ },
+  'in-pod': { what: 'the client left the mesh', how: leaveMesh, reason: /"client outbound" accepted 0/ },
   iptables: {
     what: 'the rules were flushed',
     how: ({ topology }) => topology.node.run(['iptables', '-t', 'mangle', '-F', 'PREROUTING']),
@@ -50,6 +47,11 @@ const sabotage: Record<string, { what: string; how: (world: World) => void; reas
     reason: /"server inbound" accepted 0/,
   },
 };
+
+function leaveMesh({ client, topology: { node, stateDir, runDir } }: World): void {
+  const where = ['--state-dir', stateDir, '--run-dir', runDir];
+  node.run([executable, 'unenroll', '--netns', client.netns.path, '--no-drain', ...where]);
+}
 
 let programs: Programs;
 beforeAll(async () => {

@@ -75,9 +75,42 @@ function programsIn(stateDir: string): Map<string, { path: string; row: ProgramR
   );
 }
 
-/** Nanoseconds that all programs of a state directory ran together, while BPF_ENABLE_STATS was on. */
+interface RunTime {
+  ns: number;
+  count: number;
+}
+
+/**
+ * How long and how often each program ran while BPF_ENABLE_STATS was on, by name. In-pod programs are reached through a
+ * stub of each attachment, which a tail call leaves: the time counts for the stub, and that is found by its link.
+ */
+function runTimesByName(stateDir: string): Map<string, RunTime> {
+  const rows = new Map<number, ProgramRow & { id: number }>();
+  for (const { path } of programsIn(stateDir).values()) {
+    const row = JSON.parse(must(['bpftool', '-j', 'prog', 'show', 'pinned', path])) as ProgramRow & { id: number };
+    rows.set(row.id, row);
+  }
+  const links = join(stateDir, 'links');
+  for (const key of readdirSync(links)) {
+    for (const name of readdirSync(join(links, key))) {
+      const link = JSON.parse(must(['bpftool', '-j', 'link', 'show', 'pinned', join(links, key, name)]));
+      const { prog_id: id } = link as { prog_id: number };
+      if (rows.has(id)) continue;
+      const row = JSON.parse(must(['bpftool', '-j', 'prog', 'show', 'id', `${id}`])) as ProgramRow & { id: number };
+      rows.set(id, { ...row, name });
+    }
+  }
+  const result = new Map<string, RunTime>();
+  for (const { name, run_time_ns: ns = 0, run_cnt: count = 0 } of rows.values()) {
+    const known = result.get(name) ?? { ns: 0, count: 0 };
+    result.set(name, { ns: known.ns + ns, count: known.count + count });
+  }
+  return result;
+}
+
+/** Nanoseconds that all programs of a state directory ran together. */
 export function runTimes(stateDir: string): number {
-  return [...programsIn(stateDir).values()].reduce((sum, { row }) => sum + (row.run_time_ns ?? 0), 0);
+  return [...runTimesByName(stateDir).values()].reduce((sum, { ns }) => sum + ns, 0);
 }
 
 /** struct __sk_buff as BPF_PROG_TEST_RUN takes it: ingress_ifindex and ifindex, the rest zero. */
@@ -265,13 +298,12 @@ async function loadCosts(world: World, loads: readonly Load[], rounds: number, i
   for (let round = 0; round < rounds; round++) {
     for (const { load, trace } of shuffled(steps, random)) {
       await traced(world, trace, async () => {
-        const before = programsIn(stateDir);
+        const before = runTimesByName(stateDir);
         const { units, failure } = await load.run(world);
         if (failure !== undefined) invalid.push(`${load.name}: ${failure}`);
-        for (const [program, { row }] of programsIn(stateDir)) {
-          const earlier = before.get(program)?.row;
-          const count = (row.run_cnt ?? 0) - (earlier?.run_cnt ?? 0);
-          const time = (row.run_time_ns ?? 0) - (earlier?.run_time_ns ?? 0);
+        for (const [program, { ns, count: all }] of runTimesByName(stateDir)) {
+          const count = all - (before.get(program)?.count ?? 0);
+          const time = ns - (before.get(program)?.ns ?? 0);
           // Programs that see a packet now and then (neighbour discovery) say nothing about a request.
           if (count < 100) continue;
           const key = `${load.name} ${program} ${trace}`;

@@ -4,7 +4,8 @@
 // says. All of them stand side by side in network namespaces while the bench goes from one to the next; nothing of one
 // (TIME_WAIT, conntrack entries, rules) is seen by another.
 
-import { existsSync } from 'node:fs';
+import { existsSync, mkdirSync } from 'node:fs';
+import { createServer } from 'node:http';
 import { join } from 'node:path';
 import { counters, increases } from '../e2e/counters.ts';
 import { executable, type Family, families, type Pod, type PodOptions, Topology } from '../e2e/topology.ts';
@@ -75,6 +76,7 @@ export const MODES: readonly Mode[] = [
     'client fixed',
     'server fixed',
   ]),
+  mode('in-pod', 'ours, in-pod, TCX', { proxies: 'in-pod', ours: 'tcx' }, inPodChain, { hook: 'tcx' }),
   mode('iptables-in-pod', 'iptables, in-pod, Istio’s rules', { proxies: 'in-pod', rules: true }, inPodChain, {
     rules: true,
   }),
@@ -112,12 +114,13 @@ export class World {
     this.mode = mode;
     this.#options = options;
     const { ours, proxies } = mode.wiring;
+    const inPod = { proxy: { contract: 'in-pod', match: { namespace: 'istio-system', name: 'ztunnel-*' } } };
     this.topology = new Topology({
       primary: 'ptp',
       hook: ours ?? 'tcx',
       rpFilter: 0,
       plugin: ours === undefined ? null : executable,
-      ...(options.entry && { entry: options.entry }),
+      entry: { ...(proxies === 'in-pod' && inPod), ...options.entry },
     });
     this.directory = this.topology.testbed.directory('bench');
     const enroll: PodOptions = { enroll: ours !== undefined };
@@ -146,6 +149,7 @@ export class World {
     const { topology, client, server } = this;
     const { wiring } = this.mode;
     const pods = [client, server, ...(this.proxy ? [this.proxy] : [])];
+    if (wiring.ours !== undefined && wiring.proxies === 'in-pod') await this.#acknowledge();
     await topology.add(...pods);
     // The same on every machine, and not one that paces (bbr), which hides what the path costs. A namespace may have the
     // kernel's unrestricted ones only, and cubic need not be one.
@@ -162,6 +166,22 @@ export class World {
     await this.useProxy('native');
     const state = await kernelState([topology.node, ...pods.map((pod) => pod.netns)], { sysctls: false });
     this.#hooks = hooksIn([...state.entries()]);
+  }
+
+  /** In the place of the node agent: says yes to every pod's ADD. The proxies are started afterwards. */
+  async #acknowledge(): Promise<void> {
+    const { runDir, testbed } = this.topology;
+    mkdirSync(runDir, { recursive: true, mode: 0o700 });
+    const agent = createServer((request, response) => {
+      request.resume().on('end', () => response.setHeader('content-type', 'application/json').end('{}'));
+    });
+    testbed.defer(() => {
+      agent.close();
+      agent.closeAllConnections();
+    });
+    await new Promise<void>((resolve, reject) => {
+      agent.once('error', reject).listen(join(runDir, 'agent.sock'), resolve);
+    });
   }
 
   async #serve(): Promise<void> {
