@@ -167,7 +167,7 @@ interface SkbFields {
 }
 
 /** A process (runner.ts) in one namespace. */
-class Runner {
+export class Runner {
   readonly #child: ChildProcess;
   readonly #waiting = new Map<number, { resolve: (value: unknown) => void; reject: (error: Error) => void }>();
   #last = 0;
@@ -396,7 +396,7 @@ function route(namespace: Namespace, address: string, gateway: string | undefine
   namespace.ip('route', 'add', address, 'via', gateway ?? '');
 }
 
-function ifindexOf(namespace: Namespace, ifname: string): number {
+export function ifindexOf(namespace: Namespace, ifname: string): number {
   const links: unknown = JSON.parse(namespace.ip('-j', 'link', 'show', 'dev', ifname));
   const index = (links as { ifindex: number }[])[0]?.ifindex;
   if (index === undefined) throw new Error(`${namespace.name}: no ${ifname}`);
