@@ -18,7 +18,7 @@ export interface Result {
   only?: string;
   seed: number;
   begun: string;
-  /** Seconds; of all parts of a resumed one together. */
+  /** Seconds from its beginning to its end; breaks of a resumed one are in it. */
   took: number;
   machine: Machine;
   /** Name of each cell, and its title. */
