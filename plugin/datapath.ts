@@ -916,7 +916,7 @@ function isSameHostLink(native: Native, record: AttachmentRecord): boolean {
 }
 
 /** Inodes come again as soon as they are free, cookies never do; kernels before 5.14 have none (0). */
-function isSameNetns(now: AttachmentRecord['netns'], then: AttachmentRecord['netns']): boolean {
+export function isSameNetns(now: AttachmentRecord['netns'], then: AttachmentRecord['netns']): boolean {
   const cookies = now.cookie !== 0n && then.cookie !== 0n;
   return now.dev === then.dev && now.ino === then.ino && (!cookies || now.cookie === then.cookie);
 }

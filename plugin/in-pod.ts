@@ -12,6 +12,11 @@ export function isStubbed<Hook extends { program: ProgramName }>(hook: Hook): ho
   return STUBBED.includes(hook.program);
 }
 
+/** PROXY_MARK and PROXY_MARK_MASK of bpf/redirect.h: ztunnel's SO_MARK, on its listeners too. */
+export function isProxyMark(mark: number): boolean {
+  return (mark & 0xfff) === 0x539;
+}
+
 /** INTERFACE_ID_NO_HOST of bpf/redirect.h: no device has such an index. */
 const NO_HOST = 0x80000000;
 

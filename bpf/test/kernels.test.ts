@@ -10,6 +10,7 @@ import { copyFileSync, mkdirSync, readdirSync, readFileSync, writeFileSync } fro
 import { dirname, join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { exec, must, Testbed } from '../../conformance/netns.ts';
+import { stateDirectory } from '../../native/native.testing.ts';
 
 const ROOT = dirname(dirname(import.meta.dirname));
 const OBJECT = join(ROOT, 'build/skeletons/redirect.bpf.o');
@@ -48,6 +49,9 @@ const HELPERS: Record<string, string> = {
   bpf_tc_sk_lookup_tcp: '4.20',
   bpf_tc_sk_lookup_udp: '4.20',
   bpf_sk_release: '4.20',
+  bpf_skb_cgroup_id: '4.18',
+  bpf_sk_fullsock: '5.1',
+  bpf_sk_storage_get: '5.2',
   bpf_tc_skc_lookup_tcp: '5.2',
   bpf_tcp_check_syncookie: '5.2',
   bpf_sk_assign: '5.7',
@@ -63,6 +67,8 @@ const MAP_TYPES: Record<string, string> = {
   array: '3.19',
   perf_event_array: '4.3',
   percpu_hash: '4.6',
+  percpu_array: '4.6',
+  sk_storage: '5.2',
   lru_hash: '4.10',
   lpm_trie: '4.11',
   hash_of_maps: '4.12',
@@ -100,11 +106,13 @@ let testbed: Testbed;
 let bpffs: string;
 let directory: string;
 let noBtf: string;
+let stateDir: string;
 
 beforeAll(() => {
   testbed = Testbed.open();
   bpffs = testbed.bpffs('bpffs');
   directory = testbed.directory('objects');
+  ({ dir: stateDir } = stateDirectory(testbed));
   noBtf = join(directory, 'no-btf.so');
   must(['gcc', '-shared', '-fPIC', '-O1', '-o', noBtf, join(import.meta.dirname, 'no-btf.c'), '-ldl']);
 });
@@ -133,8 +141,10 @@ async function load(label: string, constants: Record<string, number>, preload?: 
   withConstants(object, constants);
   // The map of events is of another type where there is no ring buffer.
   const events = `${pins}-events`;
-  const reused = constants.use_ringbuf === 0 ? ['map', 'name', 'events', 'pinned', events] : [];
-  if (reused.length > 0) {
+  // Socket storage needs a description of its types; native/ makes the map, and that without libbpf's.
+  const reused = ['map', 'name', 'proxy_sockets', 'pinned', join(stateDir, 'proxy_sockets')];
+  if (constants.use_ringbuf === 0) {
+    reused.push('map', 'name', 'events', 'pinned', events);
     const shape = ['type', 'perf_event_array', 'key', '4', 'value', '4', 'entries', '8', 'name', 'events'];
     must(['bpftool', 'map', 'create', events, ...shape]);
   }
@@ -167,6 +177,11 @@ function read(pin: string): Loaded {
     instructions: program.bytes_xlated / 8,
     maps: [...new Set(maps)].sort(),
   };
+}
+
+/** Not loaded without socket lookup programs: one itself, and the in-pod contract as a whole. */
+function needsSocketLookup(name: string): boolean {
+  return name === 'proxy_lookup' || name.startsWith('inpod_');
 }
 
 /** What native/programs.cc sets on that kernel. */
@@ -207,7 +222,7 @@ describe.each(ROWS)('what would be loaded on %s', (kernel) => {
   beforeAll(async () => {
     loaded = await load(`v${kernel}`, constants);
   });
-  const used = () => loaded.programs.filter(({ name }) => constants.use_sk_lookup === 1 || name !== 'proxy_lookup');
+  const used = () => loaded.programs.filter(({ name }) => constants.use_sk_lookup === 1 || !needsSocketLookup(name));
 
   test('is not newer than that', () => {
     expect(used().length).toBeGreaterThan(4);
@@ -229,7 +244,7 @@ describe.each(ROWS)('what would be loaded on %s', (kernel) => {
 test('with full sockets only, no helper is newer than 4.20', async () => {
   const none = Object.fromEntries(Object.keys(SINCE).map((name) => [name, 0]));
   const { programs } = await load('full-sockets-only', { ...none, full_sockets_only: 1 });
-  const used = programs.filter(({ name }) => name !== 'proxy_lookup');
+  const used = programs.filter(({ name }) => !needsSocketLookup(name));
   expect(used.flatMap(({ calls }) => calls)).toContain('bpf_tc_sk_lookup_tcp');
   expect(used.flatMap((program) => tooNew(program, '4.20'))).toEqual([]);
 });

@@ -89,6 +89,9 @@ export const SIGN = {
   COOKIE_OUTBOUND: 4,
   COOKIE_INBOUND: 5,
   ICMP: 6,
+  DNS: 7,
+  DNS_TCP: 8,
+  COOKIE_DNS: 9,
 } as const;
 
 /** Ports on which far, old and new have servers. */
@@ -98,6 +101,7 @@ export const APP = 8080;
 export const OUTBOUND = 15001;
 export const PLAINTEXT = 15006;
 export const HBONE = 15008;
+export const DNS = 15053;
 export const DEAF = 16999;
 
 const DIRECT_FLOWS = 1024;
@@ -284,7 +288,8 @@ export class Node {
       const node = new Node(testbed);
       await Promise.all([
         ...[HTTP, APP].flatMap((port) => [node.far.listen(port), node.old.listen(port), node.new.listen(port)]),
-        ...[OUTBOUND, PLAINTEXT, HBONE].flatMap((port) => [node.old.listen(port), node.new.listen(port)]),
+        ...[OUTBOUND, PLAINTEXT, HBONE, DNS].flatMap((port) => [node.old.listen(port), node.new.listen(port)]),
+        ...[node.old, node.new].map((proxy) => proxy.serveUDP(DNS)),
         node.inPod.listen(APP),
         node.inNode.listen(APP),
       ]);
@@ -436,6 +441,7 @@ export class Datapath {
     this.proxies([this.old()]);
     for (const ifindex of [this.node.ifindex.pod, this.node.ifindex.otherPod]) {
       this.node.native.putDirectFlows(this.state, ifindex, DIRECT_FLOWS, false);
+      this.node.native.deleteExclusions(this.state, ifindex);
     }
   }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every test that runs a program on one packet. Also run, without vitest, on changed programs (conformance/mutate).
 
+import { dns } from './dns.ts';
+import { fragments } from './fragments.ts';
 import { type Datapath, drop, pass } from './node.ts';
 import { podEgress } from './pod-egress.ts';
 import { podIngress } from './pod-ingress.ts';
@@ -8,6 +10,8 @@ import { proxyEgress } from './proxy-egress.ts';
 import { proxyGuard } from './proxy-guard.ts';
 import { proxyIngress } from './proxy-ingress.ts';
 import { reset } from './reset.ts';
+import { rules } from './rules.ts';
+import { trace } from './trace.ts';
 import { noRedirectPeer } from './variants.ts';
 
 /** VARIANT_* names without the prefix that each datapath of the suite is loaded with. */
@@ -25,4 +29,8 @@ export function suite(datapath: (name: DatapathName) => Datapath): void {
   proxyIngress('without bpf_sk_assign', noAssign, pass('proxy_assigned'));
   noRedirectPeer(() => datapath('noPeer'));
   reset(standard);
+  rules(standard);
+  fragments(standard);
+  dns(standard);
+  trace(standard);
 }

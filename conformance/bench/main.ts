@@ -5,8 +5,10 @@
 // npm run bench -- agent [--pods 1000]
 
 import { parseArgs } from 'node:util';
+import { missingControlPlane } from '../kubernetes/build.ts';
 import { benchAdd } from './add.ts';
 import { benchAgent } from './agent.ts';
+import { benchEnrolment, enrolmentReport } from './enrolment.ts';
 import { peer } from './programs.ts';
 import { addReport, report } from './report.ts';
 import { benchTraffic, finished, publish } from './traffic.ts';
@@ -65,6 +67,15 @@ async function main(): Promise<void> {
       note,
     });
     process.stdout.write(addReport(costs));
+  } else if (what === 'agent') {
+    const pods = Number(values.pods);
+    if (!Number.isInteger(pods) || pods < 1) refuse();
+    const note = (text: string) => process.stderr.write(`${text}\n`);
+    await benchAgent(pods);
+    const missing = missingControlPlane();
+    if (missing === undefined) {
+      process.stdout.write(enrolmentReport(await benchEnrolment({ pods, flips: 100, idleSeconds: 60, note })));
+    } else note(`enrolment through the API not run: ${missing}`);
   } else if (what === undefined) {
     const { directory, result } = await benchTraffic({
       profile: values.quick ? 'quick' : values.full ? 'full' : 'default',

@@ -383,6 +383,51 @@ describe('enrolling, draining, CHECK', () => {
   });
 });
 
+describe('status', () => {
+  let mesh: InPodMesh;
+  const problems = async (pod: string) => {
+    const outcome = await mesh.command('status', '-o', 'json');
+    const document = JSON.parse(outcome.stdout) as { problems: { severity: string; object: string; text: string }[] };
+    return document.problems.filter(({ object }) => object === pod || object === 'in-pod contract');
+  };
+
+  beforeAll(async () => {
+    mesh = await InPodMesh.start();
+  });
+  afterAll(() => mesh?.close());
+
+  test.each([
+    ['no proxy', null, ['no IPv4 listener on port 15001', 'no IPv6 listener on port 15008']],
+    ['without the mark', ['--no-mark'], ['no IPv4 listener on port 15001']],
+    ['IPv4 only', ['--ipv4-only'], ['no IPv6 listener on port 15001', 'no IPv6 listener on port 15006']],
+    ['not transparent', ['--no-transparent'], ['IPv4 listener on port 15001 is not transparent']],
+    ['as it is to be', [], []],
+  ] as [string, string[] | null, string[]][])('%s', async (_, args, expected) => {
+    if (args !== null) await mesh.proxies.client.start(args);
+    const found = await problems('default/client');
+    const texts = found.filter(({ object }) => object === 'default/client').map(({ text }) => text);
+    for (const words of expected)
+      expect(
+        texts.filter((text) => text.includes(words)),
+        texts.join('\n'),
+      ).toHaveLength(1);
+    if (expected.length === 0) expect(texts).toEqual([]);
+    else expect(found.some(({ severity }) => severity === 'impaired')).toBe(true);
+    if (args?.includes('--ipv4-only')) expect(texts.filter((text) => text.includes('IPv4'))).toEqual([]);
+    await mesh.proxies.client.kill();
+  });
+
+  test('forgeable until cgroups are checked', async () => {
+    const forgeable = async () => (await problems('')).filter(({ text }) => text.startsWith('forgeable'));
+    expect(await forgeable()).toHaveLength(1);
+    const native = loadNative();
+    const state = native.openState(mesh.topology.stateDir);
+    native.setCheckCgroups(state, true);
+    native.closeState(state);
+    expect(await forgeable()).toEqual([]);
+  });
+});
+
 describe('shared and in-pod on one node', () => {
   let mesh: InPodMesh;
   let ztunnel: Pod;

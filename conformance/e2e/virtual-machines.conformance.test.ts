@@ -7,8 +7,9 @@
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { must, type Namespace } from '../netns.ts';
 import { Endpoint } from './endpoint.ts';
+import { InPodMesh } from './inpod.ts';
 import { isDirect, Mesh, ONE_SYN, PORT } from './mesh.ts';
-import { families } from './topology.ts';
+import { families, type PluginError } from './topology.ts';
 
 const annotations = { 'ambient-redirect/enroll': 'true', 'istio.io/reroute-virtual-interfaces': 'k6t-eth0' };
 const guests = { 4: '172.31.7.2', 6: 'fd00:31:7::2' } as const;
@@ -69,6 +70,24 @@ describe.each(['tcx', 'clsact'] as const)('a guest in an enrolled pod, %s', (hoo
       mesh.client.netns.run(['nft', 'delete', 'table', 'inet', 'guest']);
     }
   });
+});
+
+test('with the contract in-pod the annotation is refused: such connections would time out', async () => {
+  const pod = (values: Record<string, string>) => ({
+    client: { entry: { runtimeConfig: { 'io.kubernetes.cri.pod-annotations': values } } },
+  });
+  const error = await InPodMesh.start({ hook: 'tcx', ...pod(annotations) }).then(
+    (mesh) => mesh.close(),
+    (thrown: PluginError) => thrown,
+  );
+  expect(JSON.parse(error?.outcome.stdout ?? '{}')).toMatchObject({
+    code: 7,
+    msg: 'invalid pod annotation istio.io/reroute-virtual-interfaces',
+    details: expect.stringMatching(/^istio.io\/reroute-virtual-interfaces = "k6t-eth0": with the contract "in-pod" /),
+  });
+  const { 'istio.io/reroute-virtual-interfaces': _without, ...rest } = annotations;
+  const mesh = await InPodMesh.start({ hook: 'tcx', ...pod(rest) });
+  mesh.close();
 });
 
 const masquerade = `table inet guest {

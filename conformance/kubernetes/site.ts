@@ -79,27 +79,37 @@ export class Site {
     }
   }
 
+  get zdsSocket(): string {
+    return join(this.topology.runDir, '..', 'zds.sock');
+  }
+
+  /** The conflist entry that the agent goes by. */
+  agentEntry(more: Record<string, unknown> = {}): Record<string, unknown> {
+    const { options, stateDir, runDir } = this.topology;
+    return {
+      type: 'ambient-redirect',
+      enrollment: 'agent',
+      hook: options.hook,
+      stateDir,
+      runDir,
+      ...options.entry,
+      ...more,
+    };
+  }
+
   startAgent({ entry = {}, reconcileSeconds = 30, under = [], more = [] }: AgentOptions = {}): Running {
     const { topology, front, plane } = this;
     const directory = join(topology.runDir, '..', `agent-${++this.#agents}`);
     mkdirSync(directory);
     const conf = join(directory, '10-pods.conflist');
-    const ours = {
-      type: 'ambient-redirect',
-      enrollment: 'agent',
-      hook: topology.options.hook,
-      stateDir: topology.stateDir,
-      runDir: topology.runDir,
-      ...topology.options.entry,
-      ...entry,
-    };
+    const ours = this.agentEntry(entry);
     writeFileSync(conf, JSON.stringify({ cniVersion: '1.0.0', name: 'pods', plugins: [ours] }));
     const argv = [
       ...under,
       executable,
       'agent',
       ...['--state-dir', topology.stateDir, '--run-dir', topology.runDir, '--conf', conf],
-      ...['--zds-socket', join(directory, 'zds.sock'), '--address', '127.0.0.1'],
+      ...['--zds-socket', this.zdsSocket, '--address', '127.0.0.1'],
       ...['--node-name', this.nodeName, '--reconcile-seconds', String(reconcileSeconds)],
       ...['--kube-api', front.url, '--kube-ca-file', plane.caFile, '--kube-token-file', this.tokenFile],
       ...more,

@@ -23,12 +23,15 @@ import type { Order, Verdict } from './worker.ts';
  */
 type Fate = 'killed' | 'refused' | 'same' | 'not C' | 'survived';
 
-/** A survivor that may survive: found by file, function and both forms of the line, because line numbers move. */
+/**
+ * A survivor that may survive: found by file, function and both forms of the line, because line numbers move; without
+ * the lines, every change of that function.
+ */
 interface Explained {
   file: string;
   function: string;
-  from: string;
-  to: string;
+  from?: string;
+  to?: string;
   why: string;
 }
 
@@ -234,21 +237,25 @@ function summary(tried: number, ms: number): void {
     if (why === undefined) unexplained += 1;
     console.log(`${place(mutant)}: ${change(mutant)}\n    ${why ?? 'UNEXPLAINED'}`);
   }
-  for (const { file, from, to } of explained) {
-    if (!all.some((mutant) => mutant.file === file && mutant.from === from && mutant.to === to)) {
-      unexplained += 1;
-      console.log(`explained.json: no such change any more: ${file}: ${from} => ${to}`);
-    }
+  for (const one of explained) {
+    if (all.some((mutant) => explains(one, mutant))) continue;
+    unexplained += 1;
+    console.log(`explained.json: no such change any more: ${JSON.stringify(one)}`);
   }
-  const known_ = [...counts].map(([fate, count]) => `${count} ${fate}`).join(', ');
+  const found = [...counts].map(([fate, count]) => `${count} ${fate}`).join(', ');
   const open = wanted.length - [...counts.values()].reduce((sum, count) => sum + count, 0);
-  console.log(`${wanted.length} mutants: ${known_}; ${open} not tried yet; ${unexplained} unexplained`);
+  console.log(`${wanted.length} mutants: ${found}; ${open} not tried yet; ${unexplained} unexplained`);
   console.log(`${tried} tried now in ${(ms / 60_000).toFixed(1)} minutes`);
   if (unexplained > 0) process.exitCode = 1;
 }
 
-function explanation({ file, function: name, from, to }: Mutant): string | undefined {
-  return explained.find((one) => one.file === file && one.function === name && one.from === from && one.to === to)?.why;
+function explains(one: Explained, mutant: Mutant): boolean {
+  if (one.file !== mutant.file || one.function !== mutant.function) return false;
+  return one.from === undefined || (one.from === mutant.from && one.to === mutant.to);
+}
+
+function explanation(mutant: Mutant): string | undefined {
+  return explained.find((one) => explains(one, mutant))?.why;
 }
 
 function place({ file, line, function: name }: Mutant): string {

@@ -68,6 +68,8 @@ export interface EnrolledPod extends PodIdentity {
 export interface AgentEvents {
   enrolled: [pod: EnrolledPod];
   unenrolled: [pod: EnrolledPod];
+  /** one has its snapshot and hears of pods from now on */
+  ztunnel: [];
 }
 
 interface Recorded {
@@ -599,7 +601,9 @@ export class Agent {
     );
     const isNew = [...live].some((one) => !this.#wasLive.has(one));
     this.#wasLive = live;
-    if (isNew) this.reconcile('ztunnel').catch(() => {});
+    if (!isNew) return;
+    this.events.emit('ztunnel');
+    this.reconcile('ztunnel').catch(() => {});
   }
 
   #withState<T>(body: (state: State) => T): T | undefined {

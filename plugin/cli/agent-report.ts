@@ -64,6 +64,7 @@ export function reportLines({ agent, absent, pending }: AgentReport, terminal: T
       `process ${pid}, ${phase}, ${count(pods, 'pod')}, since ${new Date(since).toISOString()}${role}`,
     ]);
   }
+  if (agent.markForgeable !== null) lines.push(['', `its mark can be forged: ${printable(agent.markForgeable)}`]);
   return lines;
 }
 
@@ -83,9 +84,6 @@ export function reportProblems({ agent, pending }: AgentReport, found: Survey): 
   if (agent.unacknowledged > 0 && agent.zds.connections.some(({ phase }) => phase === 'live')) {
     const text = `does not serve ${count(agent.unacknowledged, 'enrolled pod')}: agent.sock and the agent's log say why`;
     problems.push({ severity: 'impaired', object: 'ztunnel', text });
-  }
-  if (inPod && agent.markForgeable !== null) {
-    warn('ztunnel', `its mark can be forged by pods with CAP_NET_RAW: ${agent.markForgeable}`);
   }
   return problems;
 }

@@ -4,7 +4,8 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeEach, describe, expect, test } from 'vitest';
-import { capabilities, conflists } from './doctor.ts';
+import { parseConfig } from '../redirect/config.ts';
+import { capabilities, conflists, otherwiseDecided } from './doctor.ts';
 
 const root = mkdtempSync(join(tmpdir(), 'ambient-redirect-doctor-'));
 afterAll(() => rmSync(root, { recursive: true, force: true }));
@@ -151,5 +152,34 @@ describe('conflists', () => {
   test('no directory', () => {
     rmSync(directory, { recursive: true });
     expect(found()).toEqual([`note: ${directory} cannot be read: ENOENT`]);
+  });
+});
+
+describe('attachments that the entry would decide otherwise', () => {
+  const found = (role: 'pod' | 'proxy' | 'none', pod: string) => {
+    const [podNamespace = '', podName = ''] = pod.split('/');
+    const record = { role, podName, podNamespace, containerId: 'c', ifname: 'eth0' };
+    return otherwiseDecided([{ record }], parseConfig({})).map(({ subject, text }) => `${subject} ${text}`);
+  };
+
+  test.each([
+    ['pod', 'shop/cart'],
+    ['none', 'kube-system/dns'],
+    ['proxy', 'istio-system/ztunnel-abc'],
+    ['pod', '/'],
+  ] as const)('not %s %s', (role, pod) => {
+    expect(found(role, pod)).toEqual([]);
+  });
+
+  test.each([
+    [
+      'pod',
+      'kube-system/dns',
+      'kube-system/dns is enrolled; by the entry it would not be: namespace kube-system is in excludeNamespaces',
+    ],
+    ['pod', 'istio-system/ztunnel-abc', 'istio-system/ztunnel-abc is enrolled; the entry makes it the proxy'],
+    ['proxy', 'mesh/haproxy', 'mesh/haproxy is a proxy; by the entry it would be an ordinary pod'],
+  ] as const)('%s %s', (role, pod, text) => {
+    expect(found(role, pod)).toEqual([text]);
   });
 });

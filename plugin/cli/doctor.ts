@@ -13,7 +13,8 @@ import { isAmbientIstio, isRightPlace, type ListedPlugin, type NetworkFile, PLUG
 import { type FoundFile, readNetworkDirectory } from '../install/network-directory.ts';
 import type { AttachmentRecord, Native } from '../native.ts';
 import { ANNOTATIONS_CAPABILITY } from '../redirect/annotations.ts';
-import { declaresCapability, parseConfig } from '../redirect/config.ts';
+import { declaresCapability, parseConfig, type RedirectConfig } from '../redirect/config.ts';
+import { decideEnrolment } from '../redirect/enrolment.ts';
 import { type Directories, hasCode } from '../state.ts';
 import { type Survey, survey } from './survey.ts';
 import { formatTable } from './table.ts';
@@ -124,7 +125,7 @@ export function diagnose(native: Native, directories: Directories, confDir: stri
     ...capabilities(native.capabilities()),
     ...lockdown(),
     ...bpffs(native, directories),
-    ...attempt('state', () => state(native, directories)),
+    ...attempt('state', () => state(native, directories, entryIn(confDir))),
     ...conflists(confDir),
     ...sysctls(),
     {
@@ -183,7 +184,7 @@ function bpffs(native: Native, { stateDir }: Directories): Finding[] {
   return [{ level: 'ok', subject: 'bpffs', text: `mounted on ${parent}` }];
 }
 
-function state(native: Native, directories: Directories): Finding[] {
+function state(native: Native, directories: Directories, config: RedirectConfig | undefined): Finding[] {
   const found = survey(native, directories);
   if (found === null) return [{ level: 'note', subject: 'state', text: `none in ${directories.stateDir}` }];
   return [
@@ -195,6 +196,7 @@ function state(native: Native, directories: Directories): Finding[] {
         text,
       }),
     ),
+    ...(config === undefined ? [] : otherwiseDecided(found.attachments, config)),
     ...foreignPrograms(native, found),
     ...changedMac(native, found),
   ];
@@ -203,7 +205,7 @@ function state(native: Native, directories: Directories): Finding[] {
 /** Others' programs and filters on the host-side interfaces that ours are on. */
 function foreignPrograms(native: Native, found: Survey): Finding[] {
   return found.attachments
-    .filter(({ record, present }) => present && record.hooks.length > 0)
+    .filter(({ record, present }) => present && record.hooks.length > 0 && record.hostIfindex !== 0)
     .flatMap(({ record }) =>
       othersAt(native, record).map(({ direction, what, ahead }) =>
         foreign(`${direction} of ${record.hostIfname}`, printable(what), ahead),
@@ -245,6 +247,51 @@ function macOf(native: Native, record: AttachmentRecord): string | undefined {
   } finally {
     native.close(netns);
   }
+}
+
+/** What the entry of the first list that has one says; undefined: none that the plugin would take. */
+function entryIn(directory: string): RedirectConfig | undefined {
+  try {
+    const plugins = readNetworkDirectory(directory).flatMap(({ file }) => file?.plugins ?? []);
+    const entry = plugins.find(({ type }) => type === PLUGIN_TYPE);
+    return entry === undefined ? undefined : parseConfig(entry.fields);
+  } catch {
+    // Named among the findings about the directory.
+    return undefined;
+  }
+}
+
+/**
+ * Attachments that the entry would decide otherwise by what is known of any pod, its name: the entry was changed since
+ * their ADD, or they were made by hand.
+ */
+export function otherwiseDecided(
+  attachments: readonly {
+    record: Pick<AttachmentRecord, 'role' | 'podName' | 'podNamespace' | 'containerId' | 'ifname'>;
+  }[],
+  config: RedirectConfig,
+): Finding[] {
+  return attachments.flatMap(({ record }): Finding[] => {
+    if (record.role === 'none' || record.podName === '') return [];
+    const { role, reason } = decideEnrolment(
+      { ...config, enrollment: 'all' },
+      {
+        pod: { name: record.podName, namespace: record.podNamespace, uid: '' },
+        ifname: 'eth0',
+        annotations: null,
+        annotationsDeclared: true,
+      },
+    );
+    if (role === record.role) return [];
+    const is = record.role === 'proxy' ? 'is a proxy' : 'is enrolled';
+    const would = {
+      proxy: 'the entry makes it the proxy',
+      pod: 'by the entry it would be an ordinary pod',
+      none: `by the entry it would not be: ${reason}`,
+      undecided: reason,
+    }[role];
+    return [{ level: 'note', subject: describePod(record), text: `${is}; ${would}` }];
+  });
 }
 
 /** The files as a runtime reads them: by name, and containerd takes the first only. */

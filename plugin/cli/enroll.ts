@@ -6,7 +6,7 @@ import { announceAttachment } from '../agent-client.ts';
 import { attachmentKey, hex } from '../attachments.ts';
 import { formatAddress, type IpPrefix } from '../cni/address.ts';
 import { CniError, Code } from '../cni/errors.ts';
-import { attach, describePod, detach, type Target } from '../datapath.ts';
+import { attach, describePod, detach, isSameNetns, type Target } from '../datapath.ts';
 import type { AttachmentRecord, Native } from '../native.ts';
 import type { PortRange } from '../redirect/config.ts';
 import { mergeExclusions } from '../redirect/exclusions.ts';
@@ -80,11 +80,11 @@ export function targetOf(native: Native, settings: Settings, options: EnrollOpti
   const netns = openSandbox(native, path);
   try {
     assertOtherNetns(native, netns, path);
-    const { dev, ino } = native.netnsIdentity(netns);
+    const identity = native.netnsIdentity(netns);
     const known = recordsOf(native, settings).find(
-      ({ record }) => record.netns.dev === dev && record.netns.ino === ino && record.ifname === ifname,
+      ({ record }) => isSameNetns(identity, record.netns) && record.ifname === ifname,
     )?.record;
-    const containerId = options.containerId ?? known?.containerId ?? `netns-${ino}`;
+    const containerId = options.containerId ?? known?.containerId ?? `netns-${identity.ino}`;
     // Another container id in the same namespace would be a second attachment of one interface.
     if (known !== undefined && known.containerId !== containerId) {
       throw new CniError(

@@ -59,7 +59,7 @@ const WIDE: readonly Column[] = [
   ['NETNS', ({ record }) => record.netnsPath],
 ];
 
-function document(native: Native, { key, record, present, alive, drops }: Attachment): unknown {
+function document(native: Native, { key, record, present, alive, drops, listeners }: Attachment): unknown {
   return {
     key,
     namespace: record.podNamespace,
@@ -77,6 +77,7 @@ function document(native: Native, { key, record, present, alive, drops }: Attach
     failurePolicy: record.role === 'pod' ? policy(record.flags, native) : null,
     hostInterface: { name: record.hostIfname, ifindex: record.hostIfindex, mac: record.hostMac, present },
     netns: { path: record.netnsPath, ino: Number(record.netns.ino), cookie: record.netns.cookie.toString() },
+    ...(record.contract === 'in-pod' && record.role === 'pod' && { listeners }),
     programs: { alive, attached: record.hooks.map(({ program, kind, direction }) => ({ program, kind, direction })) },
     enrolledAt: record.enrolledAt === 0 ? null : new Date(record.enrolledAt * 1000).toISOString(),
     drops: Number(drops),

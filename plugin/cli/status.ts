@@ -115,7 +115,7 @@ function page(native: Native, found: Survey, report: AgentReport, terminal: Term
       `${found.directories.stateDir} (layout ${found.settings.layout}, room for ${count(found.settings.maxPods, 'pod')})`,
     ],
     ['kernel', `${found.kernel}, hooks: ${found.hook}${forced.length > 0 ? `, forced: ${forced.join(', ')}` : ''}`],
-    ...proxyLines(found.proxies, terminal),
+    ...proxyLines(found, terminal),
     ...reportLines(report, terminal),
     [
       'pods',
@@ -140,7 +140,9 @@ function page(native: Native, found: Survey, report: AgentReport, terminal: Term
   return lines.map(([name, text]) => `${name.padEnd(10)}${text}\n`).join('');
 }
 
-function proxyLines(proxies: readonly SurveyedProxy[], terminal: Terminal): [string, string][] {
+function proxyLines({ proxies, attachments }: Survey, terminal: Terminal): [string, string][] {
+  const within = attachments.filter(({ record }) => record.role === 'pod' && record.contract === 'in-pod').length;
+  if (proxies.length === 0 && within > 0) return [['proxy', `inside ${count(within, 'pod')} (contract in-pod)`]];
   if (proxies.length === 0) return [['proxy', terminal.yellow('none')]];
   return proxies.flatMap((proxy): [string, string][] => {
     const where = `${proxy.attachment?.record.contract ?? 'shared'}, netns ${proxy.netnsPath || '?'} (inode ${proxy.record.netnsIno})`;

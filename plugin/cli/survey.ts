@@ -8,6 +8,7 @@ import { formatAddress } from '../cni/address.ts';
 import { Code } from '../cni/errors.ts';
 import { describePod, type Finding, verify } from '../datapath.ts';
 import { isDraining } from '../drain.ts';
+import { isProxyMark } from '../in-pod.ts';
 import type {
   AttachmentKey,
   AttachmentRecord,
@@ -33,6 +34,8 @@ export interface Attachment {
   findings: readonly Finding[];
   /** packets that programs dropped at this interface, since it was attached */
   drops: bigint;
+  /** in-pod contract: those of the proxy inside the pod; else [] */
+  listeners: WantedListener[];
 }
 
 export type ListenerKind = 'outbound' | 'inboundPlaintext' | 'inboundHBONE';
@@ -102,6 +105,7 @@ export function survey(native: Native, directories: Directories): Survey | null 
       problems: [
         ...attachments.flatMap((attachment) => attachmentProblems(attachment)),
         ...proxyProblems(native, attachments, proxies),
+        ...inPodProblems(native, attachments, native.settings(state)),
         ...mapProblems(native, state),
       ],
     };
@@ -139,6 +143,7 @@ function examine(
     alive: present ? record.hooks.length - missing : 0,
     findings,
     drops: dropsAt(counters, record.interfaceId),
+    listeners: present && isInPod(record) ? listenersWithin(native, state, record) : [],
   };
 }
 
@@ -158,22 +163,40 @@ function inRecordedNetns<T>(native: Native, record: AttachmentRecord, body: (net
   }
 }
 
+function isInPod({ role, contract }: AttachmentRecord): boolean {
+  return role === 'pod' && contract === 'in-pod';
+}
+
+/** What the programs in the pod would find: listeners without the proxy's mark are nothing to them. */
+function listenersWithin(native: Native, state: State, record: AttachmentRecord): WantedListener[] {
+  const ports = native.getInterface(state, record.interfaceId)?.ports;
+  if (ports === undefined) return [];
+  const listeners = inRecordedNetns(native, record, (netns) =>
+    native.listeners(netns).filter(({ mark }) => mark === undefined || isProxyMark(mark)),
+  );
+  return wantedListeners(ports, listeners);
+}
+
+function wantedListeners(ports: ProxyRecord['ports'], listeners: readonly Listener[] | undefined): WantedListener[] {
+  const wanted = (['outbound', 'inboundPlaintext', 'inboundHBONE'] as const).filter((kind) => ports[kind] !== 0);
+  return wanted.map((kind) => ({
+    kind,
+    port: ports[kind],
+    ipv4: listenerState(listeners, 4, ports[kind]),
+    ipv6: listenerState(listeners, 6, ports[kind]),
+  }));
+}
+
 function examineProxy(native: Native, record: ProxyRecord, attachments: readonly Attachment[]): SurveyedProxy {
   const attachment = attachments.find(({ key }) => key === hex(record.key)) ?? null;
   const listeners =
     attachment === null ? undefined : inRecordedNetns(native, attachment.record, (netns) => native.listeners(netns));
-  const wanted = (['outbound', 'inboundPlaintext', 'inboundHBONE'] as const).filter((kind) => record.ports[kind] !== 0);
   return {
     record,
     attachment,
     netnsPath: attachment?.record.netnsPath ?? '',
     present: listeners !== undefined && attachment?.present === true,
-    listeners: wanted.map((kind) => ({
-      kind,
-      port: record.ports[kind],
-      ipv4: listenerState(listeners, 4, record.ports[kind]),
-      ipv6: listenerState(listeners, 6, record.ports[kind]),
-    })),
+    listeners: wantedListeners(record.ports, listeners),
   };
 }
 
@@ -234,7 +257,11 @@ function proxyProblems(
   const open = native.flags.INTERFACE_POLICY_OPEN ?? 0;
   const enrolled = attachments.filter(
     ({ record, present }) =>
-      record.role === 'pod' && record.state === 'attached' && present && !isDraining(native, record),
+      record.role === 'pod' &&
+      record.contract === 'shared' &&
+      record.state === 'attached' &&
+      present &&
+      !isDraining(native, record),
   );
   if (enrolled.length === 0) return [];
   const closed = enrolled.filter(({ record }) => (record.flags & open) === 0);
@@ -270,6 +297,42 @@ function proxyProblems(
     }
   }
   return problems;
+}
+
+/** Listeners that the programs would not find, or that cannot answer, in each pod that has its own proxy. */
+function inPodProblems(native: Native, attachments: readonly Attachment[], settings: StateSettings): Problem[] {
+  const open = native.flags.INTERFACE_POLICY_OPEN ?? 0;
+  const pods = attachments.filter(
+    ({ record, present }) => isInPod(record) && record.state === 'attached' && present && !isDraining(native, record),
+  );
+  const problems = pods.flatMap(({ record, listeners }): Problem[] => {
+    const isOpen = (record.flags & open) !== 0;
+    return ([4, 6] as const)
+      .filter((family) => record.addresses.some((address) => familyOf(address) === family))
+      .flatMap((family) => {
+        const key = family === 4 ? 'ipv4' : 'ipv6';
+        return listeners
+          .filter((listener) => listener[key] === 'missing' || listener[key] === 'not transparent')
+          .map(({ kind, port, [key]: state }): Problem => {
+            const missing = state === 'missing';
+            const found = missing
+              ? `its proxy has no IPv${family} listener on port ${port}`
+              : `its proxy's IPv${family} listener on port ${port} is not transparent`;
+            // Without the option its answers have no way to whom the connection seemed to be to.
+            const consequence = !missing
+              ? 'connections that it takes are not answered'
+              : isOpen
+                ? 'new connections go direct (failurePolicy open)'
+                : 'new connections are dropped';
+            const severity = missing && isOpen ? 'warning' : 'impaired';
+            return { severity, object: describePod(record), text: `${found} (${kind}): ${consequence}` };
+          });
+      });
+  });
+  if (pods.length === 0 || settings.checkCgroups) return problems;
+  const text =
+    "forgeable: who has CAP_NET_RAW in a pod can set the proxy's mark (0x539) and go past the proxy, as the mark's cgroup is not checked";
+  return [...problems, { severity: 'warning', object: 'in-pod contract', text }];
 }
 
 function mapProblems(native: Native, state: State): Problem[] {

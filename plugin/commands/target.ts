@@ -4,7 +4,7 @@
 import { statSync } from 'node:fs';
 import { attachmentKey } from '../attachments.ts';
 import type { Request } from '../cni/dispatch.ts';
-import { CniError, Code } from '../cni/errors.ts';
+import { CniError, Code, quote } from '../cni/errors.ts';
 import type { Target } from '../datapath.ts';
 import type { Native } from '../native.ts';
 import {
@@ -82,7 +82,19 @@ export function enrolmentOf(request: Request, config: RedirectConfig, agentAnswe
 }
 
 /** The node's settings with what the pod asks for itself. Throws CniError 7. */
-export function withWishes(config: RedirectConfig, { dnsCapture, exclude }: TrafficAnnotations): RedirectConfig {
+export function withWishes(
+  config: RedirectConfig,
+  { dnsCapture, exclude, virtualInterfaces }: TrafficAnnotations,
+): RedirectConfig {
+  if (config.proxy.contract === 'in-pod' && virtualInterfaces.length > 0) {
+    // What they forward is caught where it leaves the pod, and the proxy's answer finds no way back to them.
+    throw new CniError(
+      Code.INVALID_NETWORK_CONFIG,
+      `invalid pod annotation ${ANNOTATION.virtualInterfaces}`,
+      `${ANNOTATION.virtualInterfaces} = ${quote(virtualInterfaces.join(','))}: with the contract "in-pod" connections ` +
+        'from behind interfaces inside the pod cannot be redirected, they would time out; "shared" can',
+    );
+  }
   if (dnsCapture === true && config.proxy.ports.dns === 0) {
     throw new CniError(
       Code.INVALID_NETWORK_CONFIG,

@@ -86,6 +86,7 @@ describe('the place of the entry', () => {
 
   test.each([
     ['first of the chain', ['ambient-redirect', 'ptp'], ['ptp', 'ambient-redirect']],
+    ['first, before a primary that nobody knows', ['ambient-redirect', 'acme'], ['acme', 'ambient-redirect']],
     ['before a plugin that sets the MAC', ['ptp', 'ambient-redirect', 'tuning'], ['ptp', 'tuning', 'ambient-redirect']],
     ['before a VRF', ['bridge', 'ambient-redirect', 'vrf'], ['bridge', 'vrf', 'ambient-redirect']],
     ['twice', ['ptp', 'ambient-redirect', 'ambient-redirect'], ['ptp', 'ambient-redirect']],

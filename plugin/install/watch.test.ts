@@ -224,7 +224,8 @@ test('uninstall is not worked against, until somebody installs', async () => {
   start({}, { period: 20 });
   markUninstalled(runDir);
   put('10.conflist', conflist('ptp'));
-  await until('it knows', () => watch?.state.entry === 'uninstalled');
+  await until('it knows', () => watch?.state.reason === 'uninstall was run on this node; install undoes it');
+  expect(watch?.state.entry).toBe('uninstalled');
   expect([filesThatRefer(netDir), isUninstalled(runDir)]).toEqual([[], true]);
   unmarkUninstalled(runDir);
   await until(

@@ -2,6 +2,7 @@
 // Sandboxes as the container runtime has them, over its CRI socket (runtime.v1): the two calls that tell where a running
 // pod's network namespace is. gRPC is HTTP/2 with a five-byte header before each message, and Node speaks HTTP/2.
 
+import { existsSync } from 'node:fs';
 import { connect as connectHttp2, constants } from 'node:http2';
 import { connect } from 'node:net';
 import { BinaryReader, BinaryWriter, WireType } from '@bufbuild/protobuf/wire';
@@ -23,14 +24,18 @@ interface ListedSandbox {
 
 export class CriSandboxes implements SandboxSource {
   readonly #path: string;
+  readonly #optional: boolean;
   #listed: Promise<ListedSandbox[]> | undefined;
   #listedAt = Number.NEGATIVE_INFINITY;
 
-  constructor(path: string) {
+  /** `optional`: a socket that is not there is no failure. */
+  constructor(path: string, optional = false) {
     this.#path = path;
+    this.#optional = optional;
   }
 
   async sandboxesOf(uids: readonly string[]): Promise<Sandbox[]> {
+    if (this.#optional && !existsSync(this.#path)) return [];
     if (this.#listed === undefined || performance.now() - this.#listedAt > LIST_MS) {
       this.#listedAt = performance.now();
       this.#listed = this.#call('ListPodSandbox', new Uint8Array()).then(decodeList);

@@ -56,7 +56,9 @@ export interface EnrollerOptions {
    * Tells the proxy of a pod that is attached, and resolves when the proxy has it; "pending" while it does not. Not
    * there in the shared contract, where the maps say all.
    */
-  announce?: (record: AttachmentRecord, pod: KubernetesPod) => Promise<'acknowledged' | 'pending'>;
+  announce?: (attachment: Attachment, pod: KubernetesPod) => Promise<'acknowledged' | 'pending'>;
+  /** Why no pod can be attached at this moment, or null: a running pod without a proxy would lose its connections. */
+  proxyAbsent?: () => string | null;
   /** The programs of a pod are gone: the proxy is to forget it. */
   onDetached?: (record: AttachmentRecord) => void;
   /** seconds from the change to its being done, for each piece of work */
@@ -99,6 +101,7 @@ export class Enroller {
   /** by UID: what the pod's annotations asked for when it was attached, or first seen to be */
   readonly #wishes = new Map<string, string>();
   readonly #lastEvent = new Map<string, { text: string; at: number }>();
+  #lastTurn = Promise.resolve();
   #stopped = false;
 
   constructor(options: EnrollerOptions) {
@@ -290,11 +293,19 @@ export class Enroller {
 
   // ---- one pod ---------------------------------------------------------------------------------------------------
 
+  /**
+   * Kernel calls are synchronous: between two pods everybody else has his turn. Immediates that are set at one time run
+   * all together, so each is set when the one before has run.
+   */
+  #turn(): Promise<void> {
+    this.#lastTurn = this.#lastTurn.then(() => new Promise<void>((resolve) => setImmediate(resolve)));
+    return this.#lastTurn;
+  }
+
   async #reconcile(uid: string): Promise<void> {
     // Nobody can tell yet what its namespace says.
     if (!this.pods.synced || !this.namespaces.synced) return;
-    // Kernel calls are synchronous: whoever else waits comes first.
-    await new Promise(setImmediate);
+    await this.#turn();
     const pod = this.#byUid.get(uid);
     if (pod === undefined) {
       await this.#forget(uid);
@@ -330,9 +341,18 @@ export class Enroller {
     reason: string,
   ): Promise<boolean> {
     const { native, state, config, log, announce, compare } = this.#options;
+    // It runs in the pods themselves, and its own pod is one like any that is not enrolled.
+    if (role === 'proxy' && config.proxy.contract === 'in-pod') return true;
     let record = attachment?.record;
+    let key = attachment?.key;
     if (record?.state === 'attaching' && Date.now() / 1000 - record.enrolledAt < ADD_SECONDS) {
       throw new NotYet('an ADD is at work');
+    }
+    if (attachment !== undefined && record?.state === 'attached' && record.contract !== config.proxy.contract) {
+      await this.#leave(pod, attachment, `the contract is "${config.proxy.contract}" now`);
+      record = native.getAttachment(state, attachment.key) ?? undefined;
+      // Looked at again when the other proxy has no connection of it any more.
+      if (record?.state === 'attached') return false;
     }
     const wishes = trafficAnnotations(pod.annotations, config.podOverrides);
     const text = JSON.stringify(wishes);
@@ -349,12 +369,18 @@ export class Enroller {
         throw new Error(`${finding.object}: expected ${finding.expected}, found ${finding.found}`);
       }
     } else {
+      const absent = this.#options.proxyAbsent?.() ?? null;
+      if (absent !== null) {
+        await this.#annotate(pod, null);
+        throw new NotYet(absent);
+      }
       try {
         const place = attachment ?? (await this.#find(pod, ifname));
         if (place === null) return false;
         const target = this.#target(pod, place, ifname, role);
         record = attach(native, withWishes(config, wishes), { ...target, bypassInbound: wishes.bypassInbound });
-        this.#records.note(target.key, record);
+        key = target.key;
+        this.#records.note(key, record);
       } catch (error) {
         // What says "enabled" and is not makes every peer of the mesh fail.
         await this.#annotate(pod, null).catch(() => {});
@@ -364,8 +390,14 @@ export class Enroller {
       log('info', `attached ${describePod(record)}: ${reason}`, { uid: pod.uid, interface: record.hostIfname });
     }
     this.#wishes.set(pod.uid, text);
-    if (role === 'proxy' || record === undefined) return true;
-    const acknowledged = announce === undefined ? 'acknowledged' : await announce(record, pod);
+    if (role === 'proxy' || record === undefined || key === undefined) return true;
+    let acknowledged: 'acknowledged' | 'pending' = 'acknowledged';
+    try {
+      if (announce !== undefined) acknowledged = await announce({ key, record }, pod);
+    } catch (error) {
+      await this.#annotate(pod, 'pending').catch(() => {});
+      throw error;
+    }
     await this.#annotate(pod, acknowledged === 'acknowledged' ? 'enabled' : 'pending');
     return true;
   }

@@ -2,6 +2,7 @@
 // The agent with Kubernetes: who is in the mesh comes from the API, and pods move in and out while they run.
 
 import { Counter, Gauge, Histogram } from 'prom-client';
+import { hex } from '../../attachments.ts';
 import { settingsOf } from '../../cli/directories.ts';
 import { CniError, Code } from '../../cni/errors.ts';
 import { ensurePrograms, ensureState } from '../../state.ts';
@@ -36,8 +37,9 @@ export function clusterAccess(
 /** Where containerd and CRI-O listen; a socket that comes later is seen, too. */
 const CRI_SOCKETS = ['/run/containerd/containerd.sock', '/run/crio/crio.sock'];
 
-function criSockets(setting: string | undefined): string[] {
-  return setting === undefined ? CRI_SOCKETS : [setting];
+function criSandboxes(setting: string | undefined): CriSandboxes[] {
+  if (setting !== undefined) return [new CriSandboxes(setting)];
+  return CRI_SOCKETS.map((path) => new CriSandboxes(path, true));
 }
 
 export interface KubernetesPart {
@@ -73,15 +75,21 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
     state,
     api,
     nodeName: settings.nodeName,
-    sandboxes: [...criSockets(settings.criSocket).map((path) => new CriSandboxes(path)), new ProcessSandboxes()],
+    sandboxes: [...criSandboxes(settings.criSocket), new ProcessSandboxes()],
     log: (level, text, fields) => log[level](fields ?? {}, text),
     compare: (record) => agent.compare(new Set([record.hostIfindex])),
     onReconciled: (seconds) => latency.observe(seconds),
     onDetached: ({ contract }) => {
       if (contract === 'in-pod') void agent.reconcile('unenrol');
     },
-    announce: async (record, { namespace, name }) => {
+    proxyAbsent: () =>
+      config.proxy.contract === 'in-pod' && agent.zds?.isLive !== true
+        ? `no ztunnel is connected to ${settings.zdsSocket}`
+        : null,
+    announce: async ({ key, record }, { namespace, name }) => {
       if (record.contract === 'shared') return 'acknowledged';
+      const uid = agent.registry.uidOf(hex(key));
+      if (uid !== undefined && agent.zds?.answerOf(uid) === null) return 'acknowledged';
       try {
         await agent.enrol({ namespace, name, uid: record.podUid });
         return 'acknowledged';
@@ -92,6 +100,8 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
       }
     },
   });
+  // A ztunnel that has come takes what waited for one.
+  agent.events.on('ztunnel', () => enroller.lookAtAll());
   agent.events.on('enrolled', ({ uid }) => enroller.look(uid));
   agent.directories.unshift({
     find: async ({ namespace, name, uid }) => {
