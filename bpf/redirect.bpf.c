@@ -239,8 +239,7 @@ static __always_inline int by_policy(const struct run *r, const struct interface
 {
 	if (!(self->flags & INTERFACE_POLICY_OPEN))
 		return drop(r, REASON_DROP_NO_LISTENER);
-	remember_direct(r->ifindex, from_pod);
-	return pass(r, REASON_PASS_FAILURE_POLICY_OPEN);
+	return pass_direct(r, from_pod, REASON_PASS_FAILURE_POLICY_OPEN);
 }
 
 /*
@@ -301,23 +300,19 @@ static __always_inline int new_connection(const struct run *r, struct packet *p,
 	struct proxy *z;
 	__u32 reason;
 
-	if (self->flags & INTERFACE_DRAINING) {
-		remember_direct(r->ifindex, from_pod);
-		return pass(r, REASON_PASS_DRAINING);
-	}
-	if (not_wanted(p, self, side)) {
-		remember_direct(r->ifindex, from_pod);
-		return pass(r, REASON_PASS_NOT_WANTED);
-	}
-	reason = excluded(r, from_pod, side);
-	if (reason) {
-		remember_direct(r->ifindex, from_pod);
-		return pass(r, reason);
-	}
+	if (self->flags & INTERFACE_DRAINING)
+		reason = REASON_PASS_DRAINING;
+	else if (not_wanted(p, self, side))
+		reason = REASON_PASS_NOT_WANTED;
+	else
+		reason = excluded(r, from_pod, side);
+	if (reason)
+		return pass_direct(r, from_pod, reason);
+	/* Whatever flow had this tuple is over. */
+	forget_direct(r->ifindex, from_pod);
 	z = all ? listening_proxy(skb, p, all, side) : 0;
 	if (!z)
 		return by_policy(r, self, from_pod);
-	forget_direct(r->ifindex, from_pod);
 	remember_flow(from_proxy, r->ifindex, side == INBOUND ? FLOW_INBOUND : FLOW_OUTBOUND);
 	if (side == INBOUND)
 		return to_proxy(r, z, REASON_REDIRECTED_INBOUND, SIGN_INBOUND);

@@ -473,23 +473,23 @@ Napi::Value putProxies(const Info &info) {
   return info.Env().Undefined();
 }
 
-Napi::Value putDirectFlows(const Info &info) {
+Napi::Value directFlows(const Info &info) {
   State &state = to_state(info);
   uint32_t ifindex = to_ifindex(info[1], "ifindex");
-  auto entries = static_cast<uint32_t>(to_integer(info[2], "entries", 1, UINT32_MAX));
-  put_direct_flows(state, ifindex, entries, to_boolean(info[3], "replace"));
-  return info.Env().Undefined();
+  return array_of(info.Env(), direct_flows(state, ifindex), [&](const struct tuple &flow) {
+    Napi::Object object = Napi::Object::New(info.Env());
+    object.Set("source", bytes_object(info.Env(), flow.source, sizeof(flow.source)));
+    object.Set("sourcePort", flow.source_port);
+    object.Set("destination", bytes_object(info.Env(), flow.destination, sizeof(flow.destination)));
+    object.Set("destinationPort", flow.destination_port);
+    return object;
+  });
 }
 
 Napi::Value deleteDirectFlows(const Info &info) {
   State &state = to_state(info);
   uint32_t ifindex = to_ifindex(info[1], "ifindex");
-  return boolean(info, delete_inner(state, DIRECT, ifindex));
-}
-
-Napi::Value listDirectFlows(const Info &info) {
-  return array_of(info.Env(), keys(to_state(info), DIRECT),
-                  [&](const std::string &key) { return number_key(info.Env(), key); });
+  return Napi::Number::New(info.Env(), delete_direct_flows(state, ifindex));
 }
 
 Napi::Value putExclusions(const Info &info) {
@@ -506,7 +506,7 @@ Napi::Value putExclusions(const Info &info) {
 Napi::Value deleteExclusions(const Info &info) {
   State &state = to_state(info);
   uint32_t ifindex = to_ifindex(info[1], "ifindex");
-  return boolean(info, delete_inner(state, EXCLUSIONS, ifindex));
+  return boolean(info, delete_exclusions(state, ifindex));
 }
 
 Napi::Value getExclusions(const Info &info) {
@@ -953,9 +953,8 @@ const Export FUNCTIONS[] = {
     EXPORT(listEndpoints),
     EXPORT(getProxies),
     EXPORT(putProxies),
-    EXPORT(putDirectFlows),
+    EXPORT(directFlows),
     EXPORT(deleteDirectFlows),
-    EXPORT(listDirectFlows),
     EXPORT(putExclusions),
     EXPORT(deleteExclusions),
     EXPORT(getExclusions),

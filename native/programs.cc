@@ -91,6 +91,8 @@ void load_programs(const State &state, const std::string &dir, const std::string
   constants->mark_to_proxy = settings.mark_to_proxy;
   constants->mark_tproxy = settings.mark_tproxy;
   for (int i = 0; i < 5; i++) constants->sign[i] = settings.sign[i];
+  for (int i = 0; i < 2; i++) constants->direct_seed[i] = settings.direct_seed[i];
+  constants->direct_sets = direct_sets(settings);
   // A kernel that knows full sockets only (4.20, 5.1) has none of what came later.
   const bool old = !kernel.skc_lookup || settings.variant & VARIANT_FULL_SOCKETS_ONLY;
   constants->full_sockets_only = old;
@@ -99,6 +101,7 @@ void load_programs(const State &state, const std::string &dir, const std::string
   constants->use_check_syncookie = !old && kernel.tcp_check_syncookie;
   constants->use_sk_assign = !old && kernel.sk_assign && !(settings.variant & VARIANT_NO_SK_ASSIGN);
   constants->use_sk_lookup = !old && kernel.sk_lookup && !(settings.variant & VARIANT_NO_SK_LOOKUP);
+  constants->use_spin_lock = !old;
   constants->use_ringbuf = map_info(state.fd(EVENTS), "events").type == BPF_MAP_TYPE_RINGBUF;
   if (!constants->use_sk_lookup) bpf_program__set_autoload(skeleton->progs.proxy_lookup, false);
 

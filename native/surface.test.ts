@@ -219,17 +219,14 @@ const functions: Record<
     ['generation', generation],
     ['proxies', proxies],
   ],
-  putDirectFlows: [
+  directFlows: [
     ['state', stateKind],
     ['ifindex', ifindex],
-    ['entries', positive],
-    ['replace', boolean],
   ],
   deleteDirectFlows: [
     ['state', stateKind],
     ['ifindex', ifindex],
   ],
-  listDirectFlows: [['state', stateKind]],
   putExclusions: [
     ['state', stateKind],
     ['ifindex', ifindex],

@@ -301,10 +301,10 @@ function fillMaps(attachment: Attachment): void {
   const ifindex = facts.host.ifindex;
   try {
     if (attachment.previous === null) {
-      native.putDirectFlows(state, ifindex, config.directFlowsPerPod, true);
+      // The programs make the sets of flows; none is there before them, unless a state was damaged by hand.
+      native.deleteDirectFlows(state, ifindex);
       undo.push(() => native.deleteDirectFlows(state, ifindex));
     } else {
-      native.putDirectFlows(state, ifindex, config.directFlowsPerPod, false);
       undo.push(keepEntries(attachment, attachment.previous));
     }
     if (plan.exclusions.length > 0) {

@@ -215,6 +215,13 @@ export interface TraceEvent {
   destinationPort: number;
 }
 
+export interface Tuple {
+  source: Address;
+  sourcePort: number;
+  destination: Address;
+  destinationPort: number;
+}
+
 export interface TcpConnection {
   /** "established", "syn_recv", "fin_wait2", ... */
   state: string;
@@ -361,11 +368,10 @@ export interface Native {
   getProxies(state: State): { generation: number; proxies: ProxyRecord[] };
   putProxies(state: State, generation: number, proxies: ProxyRecord[]): void;
 
-  /** The pod's own table of direct flows; replaces one that is there only if `replace`. */
-  putDirectFlows(state: State, ifindex: number, entries: number, replace: boolean): void;
-  deleteDirectFlows(state: State, ifindex: number): boolean;
-  /** interfaces that have such a table */
-  listDirectFlows(state: State): number[];
+  /** flows of the interface that were let go direct on purpose, the pod's end as source */
+  directFlows(state: State, ifindex: number): Tuple[];
+  /** how many sets of flows there were */
+  deleteDirectFlows(state: State, ifindex: number): number;
 
   /**
    * Replaces all exclusions of an interface at once: a program sees the old rules or these. E2BIG: more than 4096 rules,
