@@ -24,7 +24,12 @@ const LINKED = [
 ];
 
 /** Licence texts that those files name but do not contain. */
-const COMMON_LICENCES = ['LGPL-3', 'GPL-3'];
+const COMMON_LICENCES = ['LGPL-3', 'GPL-3', 'Apache-2.0'];
+
+/** npm packages that state their licences at the top of their sources only; one source for each licence. */
+const STATED_IN_SOURCES = {
+  '@bufbuild/protobuf': ['dist/esm/index.js', 'dist/esm/wire/varint.js'],
+};
 
 /** Headers that are compiled into the addon. */
 const COMPILED = ['node-addon-api'];
@@ -50,9 +55,25 @@ function section(title, use, licence) {
 }
 
 function npmLicence(root, name) {
-  const [file] = globSync(join(root, 'node_modules', name, '{LICENSE,LICENCE,License}*'));
-  if (!file) throw new Error(`npm package ${name} has no licence file`);
-  return read(file);
+  const directory = join(root, 'node_modules', name);
+  const sources = STATED_IN_SOURCES[name];
+  if (sources) return sources.map((source) => firstComment(join(directory, source))).join('\n\n');
+  const [file] = globSync(join(directory, '{LICENSE,LICENCE,License}*'));
+  if (file) return read(file);
+  // Some packages name their licence only; of this one the text is ours too.
+  const { license, author } = JSON.parse(read(join(directory, 'package.json')));
+  if (license !== 'Apache-2.0') throw new Error(`npm package ${name} has no licence file`);
+  return `By ${author}, under Apache-2.0.\n\n${read(join(root, 'LICENSE'))}`;
+}
+
+function firstComment(file) {
+  const lines = read(file).split('\n');
+  const comment = lines.slice(
+    0,
+    lines.findIndex((line) => !line.startsWith('//')),
+  );
+  if (!comment.some((line) => /licen[sc]e|redistribution/i.test(line))) throw new Error(`${file} states no licence`);
+  return comment.map((line) => line.replace(/^\/\/ ?/, '')).join('\n');
 }
 
 function read(file) {

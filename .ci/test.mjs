@@ -7,6 +7,7 @@
 
 import { spawnSync } from 'node:child_process';
 import { existsSync, globSync, mkdirSync, readFileSync, rmSync } from 'node:fs';
+import { release } from 'node:os';
 import { dirname, join, relative } from 'node:path';
 
 const ROOT = dirname(import.meta.dirname);
@@ -24,16 +25,26 @@ const PEERS = [
     version: ['dpkg-query', '-W', 'containernetworking-plugins'],
   },
   { name: 'cnitool', pattern: /cnitool/i, version: ['go', 'version'] },
+  {
+    name: 'kube-apiserver',
+    pattern: /kube-apiserver/i,
+    version: [process.execPath, 'conformance/kubernetes/build.ts'],
+  },
 ];
 
 process.chdir(ROOT);
 const filters = process.argv.slice(2);
+const KERNELS = join(RESULTS, 'kernels.json');
+rmSync(KERNELS, { force: true });
 const env = { ...process.env, PATH: `${BIN}:${process.env.PATH}` };
 const total = { passed: 0, failed: 0, skipped: 0, optional: 0 };
 const timings = [];
 
 step('types', join(BIN, 'tsc'), ['--noEmit']);
 step('lint', join(BIN, 'biome'), ['check', '--error-on-warnings', '.']);
+// The API server takes minutes the first time, which no test's time limit is for; without Go there is none.
+const needsControlPlane = filters.length === 0 || filters.some((filter) => filter.includes('kube'));
+if (needsControlPlane) step('kube-apiserver', process.execPath, ['conformance/kubernetes/build.ts']);
 if (step('build', process.execPath, ['.ci/build.mjs', 'executable', 'faults', 'asan'])) {
   const reports = [suite('tests', filters)];
   const native = globSync('native/**/*.test.ts').filter(
@@ -41,6 +52,7 @@ if (step('build', process.execPath, ['.ci/build.mjs', 'executable', 'faults', 'a
   );
   if (native.length > 0) reports.push(suite('addressSanitizer', native, ['--project', 'unit'], sanitizerEnvironment()));
   printPeers(reports.flat());
+  printKernels();
 }
 finish();
 
@@ -124,6 +136,18 @@ function printPeers(tests) {
     const { stdout } = spawnSync(version[0], version.slice(1), { encoding: 'utf8' });
     console.log(
       `peer ${name}: ${stdout ? stdout.split('\n')[0].trim() : 'not installed'}, ${count} tests passed with it`,
+    );
+  }
+}
+
+/** Of other kernels: what conformance/kernels wrote down. */
+function printKernels() {
+  console.log(`kernel ${release()}: this machine's`);
+  const others = existsSync(KERNELS) ? JSON.parse(readFileSync(KERNELS, 'utf8')) : [];
+  for (const { release, notRun, groups } of others) {
+    const sum = (key) => groups.reduce((all, group) => all + group[key], 0);
+    console.log(
+      `kernel ${release}: ${notRun ? `not run: ${notRun}` : `${sum('passed')} passed, ${sum('failed')} failed`}`,
     );
   }
 }

@@ -18,6 +18,7 @@
  * "Not ours" is TC_ACT_UNSPEC: the next program and the next filter get their turn. TC_ACT_OK would end the chain.
  */
 #include <linux/bpf.h>
+#include <linux/errno.h>
 #include <linux/pkt_cls.h>
 #include <stddef.h>
 #include <bpf/bpf_endian.h>
@@ -25,6 +26,7 @@
 #include "flows.h"
 #include "maps.h"
 #include "parse.h"
+#include "reset.h"
 #include "sockets.h"
 #include "verdict.h"
 
@@ -234,12 +236,40 @@ static __always_inline int reinject(const struct run *r, __u32 ifindex)
 
 /* ---- decisions --------------------------------------------------------------------------------------------------- */
 
+/* The frame is a RST now: counted, and on its way back to where the refused segment came from. */
+static __always_inline int send_reset(const struct run *r, const struct interface *self)
+{
+	struct __sk_buff *skb = r->skb;
+	__u8 macs[12];
+
+	skb->mark = mark_bypass;
+	if (r->program == POD_INGRESS) {
+		/* As the pod's own answer would come: conntrack undoes what NAT did to the SYN, the node routes it. */
+		__builtin_memcpy(macs, self->gateway_mac, 6);
+		__builtin_memcpy(macs + 6, self->pod_mac, 6);
+		if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
+			return drop(r, REASON_DROP_REDIRECT_FAILED);
+		count(r, REASON_RESET_NO_LISTENER);
+		return bpf_redirect(r->ifindex, BPF_F_INGRESS);
+	}
+	count(r, REASON_RESET_NO_LISTENER);
+	return bpf_redirect(r->ifindex, 0);
+}
+
 /* A SYN for which no proxy listens, and a segment of a dead proxy's flow. `from_pod`: the pod's end is the source. */
 static __always_inline int by_policy(const struct run *r, const struct interface *self, const struct tuple *from_pod)
 {
-	if (!(self->flags & INTERFACE_POLICY_OPEN))
+	int refused;
+
+	if (self->flags & INTERFACE_POLICY_OPEN)
+		return pass_direct(r, from_pod, REASON_PASS_FAILURE_POLICY_OPEN);
+	/* A RST is never answered. */
+	if (!(self->flags & INTERFACE_CLOSED_RESET) || r->p->flags & TCP_RST)
 		return drop(r, REASON_DROP_NO_LISTENER);
-	return pass_direct(r, from_pod, REASON_PASS_FAILURE_POLICY_OPEN);
+	refused = make_reset(r->skb, r->p);
+	if (refused)
+		return drop(r, refused == UNANSWERABLE ? REASON_DROP_MALFORMED : REASON_DROP_REDIRECT_FAILED);
+	return send_reset(r, self);
 }
 
 /*
@@ -708,8 +738,16 @@ int proxy_egress(struct __sk_buff *skb)
 				bpf_sk_release(sk);
 				return to_proxy(&r, self, REASON_FROM_PROXY_SECOND_LEG, SIGN_INBOUND);
 			}
-			if (!(to->flags & INTERFACE_POLICY_OPEN))
-				return drop(&r, REASON_DROP_NO_LISTENER);
+			if (!(to->flags & INTERFACE_POLICY_OPEN)) {
+				if (!(to->flags & INTERFACE_CLOSED_RESET))
+					return drop(&r, REASON_DROP_NO_LISTENER);
+				/* Signed: the address that it is for need not be one of the proxy's namespace. */
+				verdict = make_reset(skb, &p);
+				if (verdict)
+					return drop(&r, verdict == UNANSWERABLE ? REASON_DROP_MALFORMED :
+										  REASON_DROP_REDIRECT_FAILED);
+				return to_proxy(&r, self, REASON_RESET_NO_LISTENER, SIGN_ESTABLISHED);
+			}
 		}
 		remember_flow(&p.tuple, to->ifindex, FLOW_UPSTREAM);
 		return deliver(&r, to, REASON_FROM_PROXY_LOCAL);
@@ -760,6 +798,14 @@ int proxy_guard(struct __sk_buff *skb)
 	return drop(&r, REASON_DROP_FORGED_SIGN);
 }
 
+/* For proxy_lookup, which TCP asks for a listener where none was assigned. */
+static __always_inline long name_listener(const struct listener_key *key, struct bpf_sock *sk, const struct tuple *tuple)
+{
+	if (bpf_map_update_elem(&listeners, key, sk, BPF_ANY))
+		return -1;
+	return bpf_map_update_elem(&reused, tuple, key, BPF_ANY);
+}
+
 SEC("tc")
 int proxy_ingress(struct __sk_buff *skb)
 {
@@ -773,6 +819,7 @@ int proxy_ingress(struct __sk_buff *skb)
 	__u16 port = 0;
 	__u8 mac[6];
 	int i, j;
+	long failed;
 
 	if (!signed_source(skb, &meaning))
 		return PASS;
@@ -810,33 +857,37 @@ int proxy_ingress(struct __sk_buff *skb)
 	sk = find_listener(skb, p.family, BPF_F_CURRENT_NETNS, port);
 	if (!sk)
 		return drop(&r, REASON_DROP_NO_LISTENER);
+	key.port = port;
+	key.family = p.family;
 	/*
 	 * A listener assigned to a SYN whose tuple is in TIME_WAIT makes the request socket collide with it, and the SYN
 	 * vanishes for a minute. Unassigned, TCP's own lookup finds the TIME_WAIT socket, takes the SYN for its reuse and
 	 * asks for a listener of that port, which proxy_lookup then names.
 	 */
 	if (use_sk_assign && is_syn(&p) && socket_state(skb, &p, BPF_F_CURRENT_NETNS) == BPF_TCP_TIME_WAIT) {
-		key.port = port;
-		key.family = p.family;
-		if (use_sk_lookup && !bpf_map_update_elem(&listeners, &key, sk, BPF_ANY))
-			bpf_map_update_elem(&reused, &p.tuple, &key, BPF_ANY);
+		if (use_sk_lookup)
+			name_listener(&key, sk, &p.tuple);
 		bpf_sk_release(sk);
 		return pass(&r, REASON_PROXY_TIME_WAIT);
 	}
-	if (use_sk_assign) {
-		i = bpf_sk_assign(skb, sk, 0);
-		bpf_sk_release(sk);
-		if (i)
-			return drop(&r, REASON_DROP_REDIRECT_FAILED);
-	} else {
-		bpf_sk_release(sk);
-		/* TPROXY rules of this namespace give it to the listener with this port, and recycle TIME_WAIT themselves. */
-		skb->priority = port;
+	failed = use_sk_assign ? bpf_sk_assign(skb, sk, 0) : -ESOCKTNOSUPPORT;
+	/* Before 6.6 a listener with SO_REUSEPORT is refused. */
+	if (failed == -ESOCKTNOSUPPORT) {
+		if (use_sk_lookup) {
+			failed = name_listener(&key, sk, &p.tuple);
+		} else {
+			/* TPROXY rules of this namespace give it to the listener with this port, and recycle TIME_WAIT. */
+			skb->priority = port;
+			failed = 0;
+		}
 	}
+	bpf_sk_release(sk);
+	if (failed)
+		return drop(&r, REASON_DROP_REDIRECT_FAILED);
 	return pass(&r, REASON_PROXY_ASSIGNED);
 }
 
-/* Names the listener for a SYN that proxy_ingress could not assign. */
+/* Names the listener for a packet that proxy_ingress could not assign it to. */
 SEC("sk_lookup")
 int proxy_lookup(struct bpf_sk_lookup *context)
 {

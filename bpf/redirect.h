@@ -83,6 +83,7 @@ enum reason {
 	REASON_DROP_VLAN_TAGGED = 72,
 	REASON_DROP_FORGED_SIGN = 73,
 	REASON_DROP_FRAGMENT = 74,         /* later fragment of a TCP segment whose first one was not seen or not let pass */
+	REASON_RESET_NO_LISTENER = 75,     /* as DROP_NO_LISTENER, and the sender was told by a RST */
 	REASON_MAX = 96,
 };
 

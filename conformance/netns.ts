@@ -15,6 +15,9 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { execa, type Options } from 'execa';
 
+/** How many times as long as usual to wait before giving up: more than 1 on a machine that is emulated. */
+export const patience = Number(process.env.AMBIENT_REDIRECT_PATIENCE ?? '1');
+
 /** What a finished process left behind. `status` is null when a signal ended it. */
 export interface Outcome {
   status: number | null;
@@ -34,7 +37,7 @@ export interface ExecOptions {
   /** Instead of `input`: a file to open as stdin. */
   inputFile?: string;
   cwd?: string;
-  /** Milliseconds until SIGKILL, default 20,000. */
+  /** Milliseconds until SIGKILL, default 20,000; times patience. */
   timeout?: number;
 }
 
@@ -45,7 +48,7 @@ export async function exec(argv: readonly string[], options: ExecOptions = {}): 
   const execaOptions: Options = {
     reject: false,
     stripFinalNewline: false,
-    timeout: options.timeout ?? 20_000,
+    timeout: (options.timeout ?? 20_000) * patience,
     killSignal: 'SIGKILL',
     extendEnv: options.env === undefined,
     ...(options.env && { env: options.env }),
@@ -80,7 +83,7 @@ function sync(argv: readonly string[], input?: string): SpawnSyncReturns<string>
   return spawnSync(file, rest, {
     encoding: 'utf8',
     maxBuffer: 64 << 20,
-    timeout: 30_000,
+    timeout: 30_000 * patience,
     ...(input !== undefined && { input }),
   });
 }
@@ -89,11 +92,11 @@ function failure(result: SpawnSyncReturns<string>): string {
   return result.error?.message ?? `exit ${result.status ?? result.signal}: ${result.stderr.trim()}`;
 }
 
-/** Polls `condition` every 10 ms until it is true; throws after `limit` milliseconds. */
+/** Polls `condition` every 10 ms until it is true; throws after `limit` milliseconds, times patience. */
 export async function until(what: string, condition: () => boolean | Promise<boolean>, limit = 5_000): Promise<void> {
-  const end = performance.now() + limit;
+  const end = performance.now() + limit * patience;
   while (!(await condition())) {
-    if (performance.now() > end) throw new Error(`${what}: not true within ${limit} ms`);
+    if (performance.now() > end) throw new Error(`${what}: not true within ${limit * patience} ms`);
     await new Promise((resolve) => setTimeout(resolve, 10));
   }
 }

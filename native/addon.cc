@@ -25,12 +25,14 @@
 #include "programs.h"
 #include "records.h"
 #include "routing.h"
+#include "seqpacket.h"
 #include "sha256.h"
 #include "sockets.h"
 #include "state.h"
 #include "tc.h"
 #include "tcx.h"
 #include "topology.h"
+#include "watch.h"
 
 namespace ambient {
 
@@ -492,6 +494,11 @@ Napi::Value deleteDirectFlows(const Info &info) {
   return Napi::Number::New(info.Env(), delete_direct_flows(state, ifindex));
 }
 
+Napi::Value listDirectFlows(const Info &info) {
+  return array_of(info.Env(), interfaces_with_direct_flows(to_state(info)),
+                  [&](uint32_t ifindex) { return Napi::Number::New(info.Env(), ifindex); });
+}
+
 Napi::Value putExclusions(const Info &info) {
   State &state = to_state(info);
   uint32_t ifindex = to_ifindex(info[1], "ifindex");
@@ -822,8 +829,21 @@ Napi::Value listenPlain(const Info &info) {
   ListenOptions options = {};
   options.address = to_socket_address(fields, "address", "port");
   options.backlog = static_cast<int>(fields.integer("backlog", 0, INT32_MAX));
+  options.reuse_port = fields.optional_boolean("reusePort");
+  options.mark = fields.optional_u32("mark");
   std::string object = endpoint_text(fields, "address", "port") + " in " + netns_text(netns);
   return number(info, listen_in(netns, options, object));
+}
+
+Napi::Value listenDatagram(const Info &info) {
+  int netns = to_netns(info[0], "netns");
+  Fields fields(info[1], "options");
+  ListenOptions options = {};
+  options.address = to_socket_address(fields, "address", "port");
+  options.reuse_port = fields.boolean("reusePort");
+  options.mark = fields.u32("mark");
+  std::string object = "UDP " + endpoint_text(fields, "address", "port") + " in " + netns_text(netns);
+  return number(info, listen_datagram_in(netns, options, object));
 }
 
 Napi::Value connectTransparent(const Info &info) {
@@ -852,6 +872,81 @@ Napi::Value connectTransparent(const Info &info) {
     return deferred.Promise();
   }
   return await_connection(info.Env(), std::move(socket), object, timeout_ms);
+}
+
+// ---- datagrams between processes ----
+
+std::string to_socket_path(Napi::Value value) {
+  std::string path = to_text(value, "path", SOCKET_PATH_LIMIT);
+  if (path.empty()) wrong_argument("path", "a path, not an empty string");
+  return path;
+}
+
+Napi::Value listenSeqpacket(const Info &info) {
+  std::string path = to_socket_path(info[0]);
+  Fields fields(info[1], "options");
+  auto mode = static_cast<mode_t>(fields.integer("mode", 0, 0777));
+  auto backlog = static_cast<int>(fields.integer("backlog", 0, INT32_MAX));
+  return number(info, listen_seqpacket(path, mode, backlog).release());
+}
+
+Napi::Value acceptSeqpacket(const Info &info) {
+  auto accepted = accept_seqpacket(to_fd(info[0], "listener"));
+  return accepted ? number(info, accepted->release()) : info.Env().Null();
+}
+
+Napi::Value connectSeqpacket(const Info &info) {
+  return number(info, connect_seqpacket(to_socket_path(info[0])).release());
+}
+
+Napi::Value peerCredentials(const Info &info) {
+  PeerCredentials found = peer_credentials(to_fd(info[0], "socket"));
+  Napi::Object object = Napi::Object::New(info.Env());
+  object.Set("pid", found.pid);
+  object.Set("uid", found.uid);
+  object.Set("gid", found.gid);
+  return object;
+}
+
+Napi::Value sendDatagram(const Info &info) {
+  int socket = to_fd(info[0], "socket");
+  if (!info[1].IsTypedArray() || info[1].As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array) {
+    wrong_argument("bytes", "a Uint8Array");
+  }
+  auto bytes = info[1].As<Napi::Uint8Array>();
+  std::vector<int> descriptors;
+  for (const Napi::Value &value : to_array(info[2], "fds", 253)) {
+    descriptors.push_back(to_fd(value, "fds[" + std::to_string(descriptors.size()) + "]"));
+  }
+  return boolean(info, send_datagram(socket, bytes.Data(), bytes.ByteLength(), descriptors));
+}
+
+Napi::Value receiveDatagram(const Info &info) {
+  Napi::Env env = info.Env();
+  Datagram datagram = receive_datagram(to_fd(info[0], "socket"));
+  if (datagram.kind == Datagram::nothing) return Napi::String::New(env, "nothing");
+  if (datagram.kind == Datagram::closed) return Napi::String::New(env, "closed");
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("bytes", bytes_object(env, datagram.bytes.data(), datagram.bytes.size()));
+  object.Set("fds", array_of(env, datagram.descriptors, [&](const Fd &fd) { return number(info, fd.get()); }));
+  object.Set("truncated", boolean(info, datagram.truncated));
+  // Only now, when nothing can fail any more, are they the caller's.
+  for (Fd &fd : datagram.descriptors) fd.release();
+  return object;
+}
+
+Napi::Value openLinkEvents(const Info &info) { return number(info, open_link_events().release()); }
+
+Napi::Value readLinkEvents(const Info &info) {
+  auto found = read_link_events(to_fd(info[0], "socket"));
+  if (!found) return info.Env().Null();
+  return array_of(info.Env(), *found, [&](uint32_t ifindex) { return number(info, ifindex); });
+}
+
+Napi::Value watchReadable(const Info &info) {
+  int fd = to_fd(info[0], "fd");
+  if (!info[1].IsFunction()) wrong_argument("onReadable", "a function");
+  return watch_readable(info.Env(), fd, info[1].As<Napi::Function>());
 }
 
 // ---- keys ----
@@ -955,6 +1050,7 @@ const Export FUNCTIONS[] = {
     EXPORT(putProxies),
     EXPORT(directFlows),
     EXPORT(deleteDirectFlows),
+    EXPORT(listDirectFlows),
     EXPORT(putExclusions),
     EXPORT(deleteExclusions),
     EXPORT(getExclusions),
@@ -985,6 +1081,16 @@ const Export FUNCTIONS[] = {
     EXPORT(listenTransparent),
     EXPORT(connectTransparent),
     EXPORT(listenPlain),
+    EXPORT(listenDatagram),
+    EXPORT(listenSeqpacket),
+    EXPORT(acceptSeqpacket),
+    EXPORT(connectSeqpacket),
+    EXPORT(peerCredentials),
+    EXPORT(sendDatagram),
+    EXPORT(receiveDatagram),
+    EXPORT(openLinkEvents),
+    EXPORT(readLinkEvents),
+    EXPORT(watchReadable),
     EXPORT(sha256),
     EXPORT(features),
 #ifdef AMBIENT_FAULTS

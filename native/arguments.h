@@ -43,6 +43,9 @@ class Fields {
   std::string path(const char *name) const { return path_ + "." + name; }
 
   bool boolean(const char *name) const { return to_boolean(at(name), path(name)); }
+  // false, or 0, where it is undefined
+  bool optional_boolean(const char *name) const { return !at(name).IsUndefined() && boolean(name); }
+  uint32_t optional_u32(const char *name) const { return at(name).IsUndefined() ? 0 : u32(name); }
   uint32_t u32(const char *name) const { return to_u32(at(name), path(name)); }
   uint64_t u64(const char *name) const { return to_u64(at(name), path(name)); }
   int64_t integer(const char *name, int64_t minimum, int64_t maximum) const {

@@ -187,6 +187,7 @@ describe('every kernel call fails once', () => {
     deleteEndpoint: { act: () => native.deleteEndpoint(state, address(1)) },
     putProxies: { act: () => native.putProxies(state, 1, []) },
     getProxies: { act: () => native.getProxies(state) },
+    listDirectFlows: { act: () => native.listDirectFlows(state) },
     directFlows: { act: () => native.directFlows(state, 1) },
     testRun: { act: () => native.testRun(program, packet) },
     counters: { act: () => native.counters(state) },

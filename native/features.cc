@@ -93,9 +93,27 @@ bool have_tcp_check_syncookie() {
                "bpf_tcp_check_syncookie");
 }
 
+// Programs of that type, and from where they get their sockets: a tc program could not write a map of sockets in 5.9.
 bool have_sk_lookup() {
-  return known(load(BPF_PROG_TYPE_SK_LOOKUP, {move_immediate(BPF_REG_0, 1), leave()}, BPF_SK_LOOKUP),
-               "programs of type sk_lookup");
+  if (!known(load(BPF_PROG_TYPE_SK_LOOKUP, {move_immediate(BPF_REG_0, 1), leave()}, BPF_SK_LOOKUP),
+             "programs of type sk_lookup")) {
+    return false;
+  }
+  Fd sockets(kernel_call("bpf(BPF_MAP_CREATE)", [] {
+    return bpf_map_create(BPF_MAP_TYPE_SOCKHASH, "probe", sizeof(uint32_t), sizeof(uint64_t), 1, nullptr);
+  }));
+  if (!sockets) {
+    if (errno == EINVAL) return false;
+    throw KernelError(errno, "bpf(BPF_MAP_CREATE)", "probe for a map of sockets");
+  }
+  // Where it is allowed, the value must be a socket: EACCES.
+  return known(load(BPF_PROG_TYPE_SCHED_CLS,
+                    {store_on_stack(-8, 0), store_on_stack(-16, 0),
+                     {BPF_LD | BPF_IMM | BPF_DW, BPF_REG_1, BPF_PSEUDO_MAP_FD, 0, sockets.get()}, {0, 0, 0, 0, 0},
+                     move_register(BPF_REG_2, BPF_REG_10), add_immediate(BPF_REG_2, -8),
+                     move_register(BPF_REG_3, BPF_REG_10), add_immediate(BPF_REG_3, -16), move_immediate(BPF_REG_4, 0),
+                     call(BPF_FUNC_map_update_elem), move_immediate(BPF_REG_0, 0), leave()}),
+               "bpf_map_update_elem of a socket");
 }
 
 bool have_netns_cookie() {

@@ -10,7 +10,7 @@ struct Features {
   bool tcx;                 // 6.6
   bool redirect_peer;       // 5.10
   bool sk_assign;           // 5.7
-  bool sk_lookup;           // 5.9
+  bool sk_lookup;           // 5.10, its sockets put there by a tc program
   bool skc_lookup;          // 5.2
   bool check_mtu;           // 5.12
   bool tcp_check_syncookie; // 5.2

@@ -7,10 +7,12 @@
 #include <linux/ip.h>
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 
 #include "error.h"
+#include "faults.h"
 #include "netlink.h"
 #include "netns.h"
 
@@ -150,6 +152,53 @@ void set_accept_local(int netns, uint32_t ifindex, bool on) {
   request.end(families);
   NetlinkSocket(netns).transact(request, "RTM_SETLINK",
                                 "accept_local of ifindex " + std::to_string(ifindex) + " in " + netns_text(netns));
+}
+
+Fd open_link_events() {
+  Fd socket(kernel_call("socket", [] {
+    return ::socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, NETLINK_ROUTE);
+  }));
+  if (!socket) throw KernelError(errno, "socket", "netlink");
+  sockaddr_nl address{};
+  address.nl_family = AF_NETLINK;
+  address.nl_groups = RTMGRP_LINK | RTMGRP_TC;
+  int result = kernel_call("bind", [&] {
+    return ::bind(socket.get(), reinterpret_cast<const sockaddr *>(&address), sizeof(address));
+  });
+  if (result < 0) throw KernelError(errno, "bind", "netlink events of links");
+  return socket;
+}
+
+std::optional<std::vector<uint32_t>> read_link_events(int socket) {
+  std::vector<uint32_t> found;
+  bool lost = false;
+  // The largest message that the kernel makes for a listener (netlink_alloc_large_skb aside) fits into 32 KiB.
+  std::vector<char> buffer(32 << 10);
+  for (;;) {
+    ssize_t size = ::recv(socket, buffer.data(), buffer.size(), 0);
+    if (size < 0 && errno == EINTR) continue;
+    if (size < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) break;
+    if (size < 0 && errno == ENOBUFS) {
+      lost = true;
+      continue;
+    }
+    if (size < 0) throw KernelError(errno, "recv", "netlink events of links");
+    int left = static_cast<int>(size);
+    for (auto *message = reinterpret_cast<nlmsghdr *>(buffer.data()); NLMSG_OK(message, left);
+         message = NLMSG_NEXT(message, left)) {
+      int32_t index = 0;
+      if (message->nlmsg_type == RTM_NEWLINK || message->nlmsg_type == RTM_DELLINK) {
+        index = static_cast<const ifinfomsg *>(NLMSG_DATA(message))->ifi_index;
+      } else if (message->nlmsg_type >= RTM_NEWQDISC && message->nlmsg_type <= RTM_DELTFILTER) {
+        index = static_cast<const tcmsg *>(NLMSG_DATA(message))->tcm_ifindex;
+      }
+      if (index > 0) found.push_back(static_cast<uint32_t>(index));
+    }
+  }
+  if (lost) return std::nullopt;
+  std::sort(found.begin(), found.end());
+  found.erase(std::unique(found.begin(), found.end()), found.end());
+  return found;
 }
 
 }  // namespace ambient

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "fd.h"
+
 namespace ambient {
 
 struct Link {
@@ -36,6 +38,11 @@ std::vector<LinkAddress> link_addresses(int netns, uint32_t ifindex);
 // net.ipv4.conf.DEVICE.accept_local, by rtnetlink: /proc/sys shows the namespace of whoever mounted it.
 bool accept_local(int netns, uint32_t ifindex);
 void set_accept_local(int netns, uint32_t ifindex, bool on);
+
+// A socket that becomes readable when a link of this namespace, or its qdiscs or filters, have come, gone or changed.
+Fd open_link_events();
+// Their indexes since the last call, each once; nullopt: some were lost, anything may have changed.
+std::optional<std::vector<uint32_t>> read_link_events(int socket);
 
 std::string mac_text(const uint8_t mac[6]);
 

@@ -157,3 +157,33 @@ describe('addresses', () => {
     });
   });
 });
+
+test('events: a link that comes and one whose qdisc goes are named, others are not', () => {
+  // Of the process's own namespace: a process of its own, in one that nobody else uses.
+  const script = `
+    const { loadNative } = await import('${new URL('../plugin/addon.ts', import.meta.url)}');
+    const { execFileSync } = await import('node:child_process');
+    const native = loadNative();
+    const ip = (...args) => execFileSync('ip', args);
+    ip('link', 'add', 'quiet0', 'type', 'bridge');
+    const socket = native.openLinkEvents();
+    const nothing = native.readLinkEvents(socket);
+    ip('link', 'add', 'new0', 'type', 'bridge');
+    const index = native.linkByName(-1, 'new0').ifindex;
+    const added = native.readLinkEvents(socket);
+    execFileSync('tc', ['qdisc', 'add', 'dev', 'new0', 'clsact']);
+    const shaped = native.readLinkEvents(socket);
+    ip('link', 'del', 'new0');
+    console.log(JSON.stringify({ nothing, added, shaped, removed: native.readLinkEvents(socket), index }));
+    native.close(socket);`;
+  const alone = bed.namespace('alone');
+  const { nothing, added, shaped, removed, index } = JSON.parse(
+    alone.run([process.execPath, '--input-type=module', '-e', script]),
+  );
+  expect({ nothing, added, shaped, removed }).toEqual({
+    nothing: [],
+    added: [index],
+    shaped: [index],
+    removed: [index],
+  });
+});

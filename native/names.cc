@@ -51,6 +51,7 @@ const Name REASONS[] = {
     {"drop_vlan_tagged", REASON_DROP_VLAN_TAGGED},
     {"drop_forged_sign", REASON_DROP_FORGED_SIGN},
     {"drop_fragment", REASON_DROP_FRAGMENT},
+    {"reset_no_listener", REASON_RESET_NO_LISTENER},
     {nullptr, 0},
 };
 

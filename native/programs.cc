@@ -100,8 +100,9 @@ void load_programs(const State &state, const std::string &dir, const std::string
   constants->use_check_mtu = !old && kernel.check_mtu;
   constants->use_check_syncookie = !old && kernel.tcp_check_syncookie;
   constants->use_sk_assign = !old && kernel.sk_assign && !(settings.variant & VARIANT_NO_SK_ASSIGN);
-  constants->use_sk_lookup = !old && kernel.sk_lookup && !(settings.variant & VARIANT_NO_SK_LOOKUP);
   constants->use_spin_lock = !old;
+  // What has no bpf_sk_assign (5.7) has no socket lookup programs (5.9).
+  constants->use_sk_lookup = constants->use_sk_assign && kernel.sk_lookup && !(settings.variant & VARIANT_NO_SK_LOOKUP);
   constants->use_ringbuf = map_info(state.fd(EVENTS), "events").type == BPF_MAP_TYPE_RINGBUF;
   if (!constants->use_sk_lookup) bpf_program__set_autoload(skeleton->progs.proxy_lookup, false);
 

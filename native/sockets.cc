@@ -69,9 +69,9 @@ void set_option(int socket, int level, int option, int value, const char *name, 
   }
 }
 
-Fd tcp_socket(int netns, int family, const std::string &object) {
+Fd ip_socket(int netns, int family, int type, const std::string &object) {
   NetnsScope scope(netns);
-  Fd fd(kernel_call("socket", [&] { return ::socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0); }));
+  Fd fd(kernel_call("socket", [&] { return ::socket(family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0); }));
   if (!fd) throw KernelError(errno, "socket", object);
   return fd;
 }
@@ -157,7 +157,7 @@ std::optional<SocketAddress> socket_address(const std::string &address, uint16_t
 
 int listen_in(int netns, const ListenOptions &options, const std::string &object) {
   int family = options.address.family();
-  Fd fd = tcp_socket(netns, family, object);
+  Fd fd = ip_socket(netns, family, SOCK_STREAM, object);
   set_option(fd.get(), SOL_SOCKET, SO_REUSEADDR, 1, "setsockopt(SO_REUSEADDR)", object);
   if (options.reuse_port) set_option(fd.get(), SOL_SOCKET, SO_REUSEPORT, 1, "setsockopt(SO_REUSEPORT)", object);
   if (family == AF_INET6) {
@@ -174,9 +174,20 @@ int listen_in(int netns, const ListenOptions &options, const std::string &object
   return fd.release();
 }
 
+int listen_datagram_in(int netns, const ListenOptions &options, const std::string &object) {
+  int family = options.address.family();
+  Fd fd = ip_socket(netns, family, SOCK_DGRAM, object);
+  if (options.reuse_port) set_option(fd.get(), SOL_SOCKET, SO_REUSEPORT, 1, "setsockopt(SO_REUSEPORT)", object);
+  if (options.mark) {
+    set_option(fd.get(), SOL_SOCKET, SO_MARK, static_cast<int>(options.mark), "setsockopt(SO_MARK)", object);
+  }
+  bind_to(fd.get(), options.address, object);
+  return fd.release();
+}
+
 Fd begin_connect(int netns, const ConnectOptions &options, const std::string &object) {
   int family = options.destination.family();
-  Fd fd = tcp_socket(netns, family, object);
+  Fd fd = ip_socket(netns, family, SOCK_STREAM, object);
   if (options.mark) {
     set_option(fd.get(), SOL_SOCKET, SO_MARK, static_cast<int>(options.mark), "setsockopt(SO_MARK)", object);
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// TCP sockets in other network namespaces: who listens there, and transparent sockets for a proxy.
+// Sockets in other network namespaces: who listens there, and what a proxy needs, transparent ones among them.
 #ifndef AMBIENT_NATIVE_SOCKETS_H
 #define AMBIENT_NATIVE_SOCKETS_H
 
@@ -54,6 +54,8 @@ struct ListenOptions {
   uint32_t mark;
 };
 int listen_in(int netns, const ListenOptions &options, const std::string &object);
+// A bound UDP socket; of the options `backlog`, `transparent` and `v6only` mean nothing here.
+int listen_datagram_in(int netns, const ListenOptions &options, const std::string &object);
 
 struct ConnectOptions {
   std::optional<SocketAddress> source;

@@ -393,6 +393,17 @@ std::vector<struct tuple> direct_flows(const State &state, uint32_t ifindex) {
   return flows;
 }
 
+std::vector<uint32_t> interfaces_with_direct_flows(const State &state) {
+  std::vector<uint32_t> found;
+  std::unordered_set<uint32_t> seen;
+  walk(state, DIRECT, [&](const std::string &bytes) {
+    struct direct_key key;
+    memcpy(&key, bytes.data(), sizeof(key));
+    if (seen.insert(key.ifindex).second) found.push_back(key.ifindex);
+  });
+  return found;
+}
+
 // By trying every key, because a walk would meet the sets of all pods. The attempts count as one kernel call.
 uint32_t delete_direct_flows(const State &state, uint32_t ifindex) {
   uint32_t deleted = 0;

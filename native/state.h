@@ -72,6 +72,8 @@ std::vector<std::string> keys(const State &state, Map map);
 uint32_t direct_sets(const struct settings &settings);
 // The flows of one interface. A flow that is put in or taken out meanwhile may be missing.
 std::vector<struct tuple> direct_flows(const State &state, uint32_t ifindex);
+// Every interface that has a set, once.
+std::vector<uint32_t> interfaces_with_direct_flows(const State &state);
 // How many sets were there.
 uint32_t delete_direct_flows(const State &state, uint32_t ifindex);
 bool delete_exclusions(const State &state, uint32_t ifindex);

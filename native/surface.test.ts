@@ -84,6 +84,11 @@ const exclusionRules: Kind = {
   wrong: [...never, {}, 1, '', [1], Array.from({ length: 4097 }, () => null)],
 };
 const traceFilter: Kind = { right: () => ({ ifindex: 0, reason: null }), wrong: [undefined, 1, '', true] };
+const socketPath: Kind = { right: () => '/nonexistent/s', wrong: [...path.wrong, `/${'x'.repeat(107)}`] };
+const fdList: Kind = {
+  right: () => [1_000_000],
+  wrong: [...never, {}, 1, '', ['1'], [-1], [1.5], Array.from({ length: 254 }, () => 1_000_000)],
+};
 const callback: Kind = { right: () => () => {}, wrong: [undefined, null, {}, 1, ''] };
 
 /** Every function of plugin/native.ts and its parameters in order. */
@@ -227,6 +232,7 @@ const functions: Record<
     ['state', stateKind],
     ['ifindex', ifindex],
   ],
+  listDirectFlows: [['state', stateKind]],
   putExclusions: [
     ['state', stateKind],
     ['ifindex', ifindex],
@@ -345,6 +351,29 @@ const functions: Record<
   listenPlain: [
     ['netns', netns],
     ['options', object(() => ({ address: '127.0.0.1', port: 0, backlog: 1 }))],
+  ],
+  listenDatagram: [
+    ['netns', netns],
+    ['options', object(() => ({ address: '127.0.0.1', port: 0, reusePort: false, mark: 0 }))],
+  ],
+  listenSeqpacket: [
+    ['path', socketPath],
+    ['options', object(() => ({ mode: 0o600, backlog: 1 }))],
+  ],
+  acceptSeqpacket: [['listener', fd]],
+  connectSeqpacket: [['path', socketPath]],
+  peerCredentials: [['socket', fd]],
+  sendDatagram: [
+    ['socket', fd],
+    ['bytes', packet],
+    ['fds', fdList],
+  ],
+  receiveDatagram: [['socket', fd]],
+  openLinkEvents: [],
+  readLinkEvents: [['socket', fd]],
+  watchReadable: [
+    ['fd', fd],
+    ['onReadable', callback],
   ],
   sha256: [['bytes', packet]],
   features: [],
@@ -535,6 +564,11 @@ describe('a wrong argument is a TypeError that names it, before any kernel call'
         }),
       'options.source',
     ],
+    [
+      'a mark that does not fit',
+      () => native.listenPlain(-1, { address: '127.0.0.1', port: 0, backlog: 1, mark: 2 ** 32 }),
+      'options.mark',
+    ],
     ['a host name', () => native.listenPlain(-1, { address: 'localhost', port: 0, backlog: 1 }), 'options.address'],
   ])('%s', (_, action, place) => {
     const error = failure(action);
@@ -573,6 +607,13 @@ describe('a descriptor that is not open is EBADF', () => {
     connections: () => native.connections(CLOSED),
     attachLookup: () => native.attachLookup(CLOSED, CLOSED, '/sys/fs/bpf/none'),
     listenPlain: () => native.listenPlain(CLOSED, { address: '127.0.0.1', port: 0, backlog: 1 }),
+    listenDatagram: () => native.listenDatagram(CLOSED, { address: '127.0.0.1', port: 0, reusePort: false, mark: 0 }),
+    acceptSeqpacket: () => native.acceptSeqpacket(CLOSED),
+    peerCredentials: () => native.peerCredentials(CLOSED),
+    sendDatagram: () => native.sendDatagram(CLOSED, bytes(1), []),
+    receiveDatagram: () => native.receiveDatagram(CLOSED),
+    readLinkEvents: () => native.readLinkEvents(CLOSED),
+    watchReadable: () => native.watchReadable(CLOSED, () => {}),
   };
   const here = currentNetns();
   test.each(Object.entries(cases))('%s', (_, action) => {

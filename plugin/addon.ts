@@ -14,6 +14,15 @@ import type { Native } from './native.ts';
 /** Name of the SEA asset, and of the verified file beside the executable that `install` puts there. */
 export const ADDON_ASSET = 'ambient-redirect.node';
 
+/**
+ * Name of that file while `install` replaces an executable whose addon has the plain name. node:crypto costs a start
+ * 5 ms, so it is loaded only where it comes to this.
+ */
+export function addonFileName(asset: Uint8Array): string {
+  const { createHash } = process.getBuiltinModule('node:crypto');
+  return `ambient-redirect-${createHash('sha256').update(asset).digest('hex').slice(0, 16)}.node`;
+}
+
 /** O_TMPFILE of include/uapi/asm-generic/fcntl.h, which node:fs does not name. */
 const O_TMPFILE = 0o20000000 | constants.O_DIRECTORY;
 
@@ -52,11 +61,13 @@ function loadAsset(asset: Uint8Array): Native {
       attempts.push({ where: directory, reason: reasonOf(error) });
     }
   }
-  const file = join(beside, ADDON_ASSET);
-  try {
-    return loadVerified(file, asset);
-  } catch (error) {
-    attempts.push({ where: file, reason: reasonOf(error) });
+  for (const name of [ADDON_ASSET, addonFileName(asset)]) {
+    const file = join(beside, name);
+    try {
+      return loadVerified(file, asset);
+    } catch (error) {
+      attempts.push({ where: file, reason: reasonOf(error) });
+    }
   }
   throw new AddonError(attempts);
 }

@@ -36,7 +36,18 @@ test('--version is the package’s', async () => {
 test('--help names every command', async () => {
   const { code, out, err } = await run('--help');
   expect({ code, err }).toEqual({ code: 0, err: '' });
-  const commands = ['status', 'pods', 'counters', 'enroll', 'unenroll', 'proxy', 'doctor', 'demo'];
+  const commands = [
+    'status',
+    'pods',
+    'counters',
+    'enroll',
+    'unenroll',
+    'proxy',
+    'doctor',
+    'install',
+    'uninstall',
+    'demo',
+  ];
   expect(commands.filter((name) => !new RegExp(`^  ${name} `, 'm').test(out))).toEqual([]);
 });
 
@@ -55,6 +66,9 @@ describe('wrong usage exits 2 and writes to stderr only', () => {
     ['proxy', 'set'],
     ['demo', '--contract', 'in-pod'],
     ['demo', '--family', '5'],
+    ['install', '--wait', 'soon'],
+    ['install', '--cni-conf-name', '../x.conflist'],
+    ['uninstall', '--drain-timeout', '-1'],
   ];
   test.each(cases.map((args) => [args.join(' '), args] as const))('%s', async (_name, args) => {
     const { code, out, err } = await run(...args);

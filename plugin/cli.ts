@@ -6,11 +6,14 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Command, CommanderError, InvalidArgumentError, Option } from 'commander';
 import { loadNative } from './addon.ts';
+import { type AgentSettings, addAgentOptions } from './agent/settings.ts';
+import { agent } from './cli/agent.ts';
 import { counters } from './cli/counters.ts';
 import { demo } from './cli/demo.ts';
 import { type DirectoryOptions, directoriesOf, settingsOf } from './cli/directories.ts';
 import { doctor } from './cli/doctor.ts';
 import { enroll, type TrafficOptions } from './cli/enroll.ts';
+import { installCommand, uninstallCommand } from './cli/install.ts';
 import { pods } from './cli/pods.ts';
 import { clearProxies, setProxy, showProxies } from './cli/proxy.ts';
 import { status } from './cli/status.ts';
@@ -19,6 +22,7 @@ import { trace } from './cli/trace.ts';
 import { type UnenrollOptions, unenroll } from './cli/unenroll.ts';
 import { CniError, Code } from './cni/errors.ts';
 import { parseCidr, parsePortRange } from './redirect/config.ts';
+import { INSTALL_SETTINGS, readSettings, type SettingTable, settingOptions, UNINSTALL_SETTINGS } from './settings.ts';
 
 /** Set by the build. */
 declare const AMBIENT_REDIRECT_VERSION: string | undefined;
@@ -138,6 +142,25 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
       finish(doctor(loadNative(), terminal, directoriesOf(options), options.confDir, options.output === 'json'));
     });
 
+  tableOptions(
+    command(program, 'install', 'puts executable and entry in place, or what of them is missing'),
+    INSTALL_SETTINGS,
+  ).action(async (options: Record<string, unknown>) => {
+    finish(await installCommand(terminal, readSettings(INSTALL_SETTINGS, options)));
+  });
+  tableOptions(
+    command(program, 'uninstall', 'takes the entry away, then pods, state and executable'),
+    UNINSTALL_SETTINGS,
+  ).action(async (options: Record<string, unknown>) => {
+    finish(await uninstallCommand(terminal, readSettings(UNINSTALL_SETTINGS, options)));
+  });
+
+  addAgentOptions(command(program, 'agent', 'the node agent: speaks to ztunnel (ZDS) and to the plugin')).action(
+    async (options: AgentSettings) => {
+      finish(await agent(loadNative(), options));
+    },
+  );
+
   const demoCommand = command(program, 'demo', 'the whole thing in throw-away namespaces, with a proxy of its own')
     .addOption(
       new Option('--contract <contract>', 'how the proxy is reached').choices(['shared', 'in-pod']).default('shared'),
@@ -172,6 +195,11 @@ function stateOptions(command: Command): Command {
 
 function settingsOptions(command: Command): Command {
   return stateOptions(command).option('--conf <file>', 'settings: a conflist with our entry, or the entry alone');
+}
+
+function tableOptions(command: Command, table: SettingTable): Command {
+  for (const option of settingOptions(table)) command.addOption(option);
+  return command;
 }
 
 function parseCount(text: string): number {

@@ -4,7 +4,7 @@
 // GC or the next ADD. A failure undoes every step in reverse.
 
 import { readFileSync } from 'node:fs';
-import { hex, linkDirectory, linkPin, programPin } from './attachments.ts';
+import { hex, linkDirectory, linkPin, programPin, sameKey } from './attachments.ts';
 import { formatAddress } from './cni/address.ts';
 import { CniError, Code, type ErrorCode, quote } from './cni/errors.ts';
 import type {
@@ -66,11 +66,17 @@ export interface Target {
   egressLimited: boolean;
   /** annotation: inbound traffic is not redirected */
   bypassInbound: boolean;
+  /** the flags and exclusions of the record and the maps stay, whatever the configuration says */
+  asRecorded?: boolean;
 }
+
+/** What kind of kernel object differs. */
+export type FindingKind = 'interface' | 'program' | 'link' | 'map' | 'rule' | 'route' | 'sysctl';
 
 /** What of an attachment is not as it should be. */
 export interface Finding {
   code: ErrorCode;
+  kind: FindingKind;
   object: string;
   expected: string;
   found: string;
@@ -116,12 +122,14 @@ export function attach(native: Native, config: RedirectConfig, target: Target): 
     removeDeadProxies(native, state, config.runDir);
     const previous = sameAttachment(native, config, state, target, facts);
     if (previous === null) removeOld(native, config, state, target, facts);
-    else keepNature(native, plan, previous);
+    else keepNature(native, target, plan, previous);
     // What the record says is put back by DEL, so it is written before the change.
     const accepts = target.role !== 'proxy' || native.acceptLocal(netns, facts.pod.ifindex);
     const acceptLocalFlag = accepts ? 0 : (native.flags.INTERFACE_ACCEPT_LOCAL ?? 0);
     const tproxy = target.role === 'proxy' && needsTproxy(native, state);
     const tproxyFlag = tproxy ? (native.flags.INTERFACE_TPROXY ?? 0) : 0;
+    // It is on because of us, and stays recorded so.
+    const keptFlag = target.role === 'proxy' ? (previous?.flags ?? 0) & (native.flags.INTERFACE_ACCEPT_LOCAL ?? 0) : 0;
     const attachment: Attachment = {
       native,
       config,
@@ -131,7 +139,7 @@ export function attach(native: Native, config: RedirectConfig, target: Target): 
       facts,
       plan,
       record: {
-        ...newRecord(native, target, facts, plan, programTag, acceptLocalFlag | tproxyFlag),
+        ...newRecord(native, target, facts, plan, programTag, acceptLocalFlag | keptFlag | tproxyFlag),
         ...(previous !== null && { hooks: previous.hooks, enrolledAt: previous.enrolledAt }),
       },
       previous,
@@ -203,6 +211,8 @@ function recordOnly(
   const old = native.getAttachment(state, target.key);
   if (old !== null && old.state !== 'recorded') detachRecord(native, config, state, target.key, old);
   const link = native.linkByName(netns, target.ifname);
+  removeDeadProxies(native, state, config.runDir);
+  forgetPredecessors(native, config, state, target, link?.kind === 'veth' ? link.peerIfindex : 0);
   const record: AttachmentRecord = {
     ...emptyRecord(native, target),
     state: 'recorded',
@@ -215,6 +225,35 @@ function recordOnly(
   };
   putRecord(native, config, state, target.key, record);
   return record;
+}
+
+/**
+ * What dead pods left that the programs would take for this one's: entries by its host-side index, and by its addresses.
+ * A pod that is not in the mesh gets no entries of its own, so nothing else would replace them.
+ */
+function forgetPredecessors(
+  native: Native,
+  config: RedirectConfig,
+  state: State,
+  target: Target,
+  hostIfindex: number,
+): void {
+  if (hostIfindex !== 0) detachHolders(native, config, state, hostIfindex);
+  for (const address of target.resultAddresses) {
+    if (native.getEndpoint(state, address) === null) continue;
+    if (livingHolder(native, state, address, 0) === null) native.deleteEndpoint(state, address);
+  }
+}
+
+/** Attachments and entries by a host-side index that another pod has now. */
+function detachHolders(native: Native, config: RedirectConfig, state: State, hostIfindex: number): void {
+  if (native.getInterface(state, hostIfindex) === null) return;
+  for (const { key, record } of native.listAttachments(state)) {
+    if (record.hostIfindex === hostIfindex && record.state !== 'recorded') {
+      detachRecord(native, config, state, key, record);
+    }
+  }
+  native.deleteInterface(state, hostIfindex);
 }
 
 /**
@@ -231,22 +270,22 @@ function sameAttachment(
   const old = native.getAttachment(state, target.key);
   const same =
     old !== null &&
-    target.role === 'pod' &&
-    old.role === 'pod' &&
+    old.role === target.role &&
+    old.state !== 'recorded' &&
     old.hostIfindex === facts.host.ifindex &&
     old.hostMac === facts.host.mac &&
     old.podIfindex === facts.pod.ifindex &&
-    old.netns.dev === facts.netns.dev &&
-    old.netns.ino === facts.netns.ino &&
-    old.netns.cookie === facts.netns.cookie &&
+    isSameNetns(old.netns, facts.netns) &&
     old.hooks.every(({ kind }) => config.hook === 'auto' || kind === config.hook);
   return same ? old : null;
 }
 
-/** Whether flows can be older than the enrolment is not changed by enrolling again. */
-function keepNature(native: Native, plan: AttachPlan, previous: AttachmentRecord): void {
+/** Whether flows can be older than the enrolment is not changed by enrolling again; a repair changes nothing at all. */
+function keepNature(native: Native, target: Target, plan: AttachPlan, previous: AttachmentRecord): void {
+  if (target.role === 'proxy') return;
   const strict = native.flags.INTERFACE_STRICT ?? 0;
-  plan.flags = (plan.flags & ~strict) | (previous.flags & strict);
+  const kept = target.asRecorded === true ? ~0 : strict;
+  plan.flags = (plan.flags & ~kept) | (previous.flags & kept);
   if (plan.interface !== null) plan.interface.flags = plan.flags;
 }
 
@@ -255,13 +294,7 @@ function removeOld(native: Native, config: RedirectConfig, state: State, target:
   const old = native.getAttachment(state, target.key);
   if (old !== null) detachRecord(native, config, state, target.key, old);
   else removePins(native, config.stateDir, target.key);
-  if (native.getInterface(state, facts.host.ifindex) === null) return;
-  for (const { key, record } of native.listAttachments(state)) {
-    if (record.hostIfindex === facts.host.ifindex && record.state !== 'recorded') {
-      detachRecord(native, config, state, key, record);
-    }
-  }
-  native.deleteInterface(state, facts.host.ifindex);
+  detachHolders(native, config, state, facts.host.ifindex);
 }
 
 // ---- steps of attach ---------------------------------------------------------------------------------------------
@@ -297,7 +330,7 @@ function putRecord(
 }
 
 function fillMaps(attachment: Attachment): void {
-  const { native, config, state, facts, plan, undo } = attachment;
+  const { native, config, state, target, facts, plan, undo } = attachment;
   const ifindex = facts.host.ifindex;
   try {
     if (attachment.previous === null) {
@@ -307,7 +340,9 @@ function fillMaps(attachment: Attachment): void {
     } else {
       undo.push(keepEntries(attachment, attachment.previous));
     }
-    if (plan.exclusions.length > 0) {
+    if (target.asRecorded === true && attachment.previous !== null) {
+      // Those that are in the map stay.
+    } else if (plan.exclusions.length > 0) {
       undo.push(() => native.deleteExclusions(state, ifindex));
       native.putExclusions(state, ifindex, plan.exclusions);
     } else {
@@ -360,7 +395,7 @@ function putEndpoint(attachment: Attachment, address: Address, endpoint: Endpoin
     native.putEndpoint(state, address, endpoint, true);
   } catch (error) {
     if (!hasCode(error, 'EEXIST')) throw error;
-    const holder = livingHolder(attachment, address);
+    const holder = livingHolder(native, state, address, attachment.facts.host.ifindex);
     if (holder !== null) {
       throw new CniError(
         Code.STATE_FAILED,
@@ -373,9 +408,10 @@ function putEndpoint(attachment: Attachment, address: Address, endpoint: Endpoin
   undo.push(() => native.deleteEndpoint(state, address));
 }
 
-function livingHolder({ native, state, facts }: Attachment, address: Address): string | null {
+/** Who else than the pod on `ownIfindex` has this address, and lives. */
+function livingHolder(native: Native, state: State, address: Address, ownIfindex: number): string | null {
   const endpoint = native.getEndpoint(state, address);
-  if (endpoint === null || endpoint.ifindex === facts.host.ifindex) return null;
+  if (endpoint === null || endpoint.ifindex === ownIfindex) return null;
   const link = native.linkByIndex(HOST, endpoint.ifindex);
   if (link === null) return null;
   const entry = native
@@ -392,7 +428,7 @@ function livingHolder({ native, state, facts }: Attachment, address: Address): s
   }
   try {
     const has = native.linkAddresses(netns, record.podIfindex).some((own) => hex(own.address) === hex(address));
-    return has && native.netnsIdentity(netns).ino === record.netns.ino
+    return has && isSameNetns(native.netnsIdentity(netns), record.netns)
       ? `${describePod(record)} on ${link.name}`
       : null;
   } finally {
@@ -423,16 +459,23 @@ function attachHook(attachment: Attachment, hook: PlannedHook): void {
   }
 }
 
-/** Not there where the kernel has no such programs (before 5.9) or a variant goes without: ensurePrograms loaded the rest. */
+/** Not there where the kernel has no such programs (before 5.10) or a variant goes without: ensurePrograms loaded the rest. */
 function attachLookup(attachment: Attachment, hook: PlannedHook): void {
-  const { native, config, record, netns, target, undo } = attachment;
+  const { native, config, record, netns, target, facts, undo } = attachment;
   const step = `attach ${hook.program} to ${record.netnsPath}`;
   let program: number | undefined;
   try {
     program = native.openProgram(programPin(config.stateDir, record.programTag, hook.program));
     const pin = linkPin(config.stateDir, target.key, hook.program);
-    noteHook(attachment, { ...hookRecord(hook, native.programInfo(program).id), kind: 'netns' });
+    const programId = native.programInfo(program).id;
+    noteHook(attachment, { ...hookRecord(hook, programId), kind: 'netns' });
     makeLinkDirectory(attachment);
+    const link = attachment.previous === null ? null : native.linkInfo(pin);
+    if (link?.netnsIno === facts.netns.ino) {
+      if (link.programId !== programId) native.updateLink(pin, program);
+      return;
+    }
+    if (link !== null) native.detachLink(pin);
     native.attachLookup(netns, program, pin);
     undo.push(() => native.detachLink(pin));
   } catch (error) {
@@ -591,7 +634,7 @@ function addRouting({ native, config, netns, undo, target, facts, record }: Atta
   try {
     // The proxy may send to a flow of its own: a pod that asks for the proxy's address, ztunnel's second leg. IPv4
     // refuses such a packet when it comes back with the namespace's own source address; IPv6 does not.
-    if (leavesAcceptLocal(native, record)) {
+    if (leavesAcceptLocal(native, record) && !native.acceptLocal(netns, facts.pod.ifindex)) {
       undo.push(() => native.setAcceptLocal(netns, facts.pod.ifindex, false));
       native.setAcceptLocal(netns, facts.pod.ifindex, true);
     }
@@ -609,7 +652,8 @@ function addRouting({ native, config, netns, undo, target, facts, record }: Atta
   }
 }
 
-function announceProxy({ native, config, state, target, facts, undo }: Attachment): void {
+function announceProxy(attachment: Attachment): void {
+  const { native, config, state, target, facts, undo } = attachment;
   const proxy: ProxyRecord = {
     key: target.key,
     netnsCookie: facts.netns.cookie,
@@ -621,6 +665,9 @@ function announceProxy({ native, config, state, target, facts, undo }: Attachmen
     mac: facts.pod.mac,
     ports: config.proxy.ports,
   };
+  // A repair does not make it the newest.
+  if (attachment.previous !== null && native.getProxies(state).proxies.some(({ key }) => sameKey(key, target.key)))
+    return;
   // Pushed first: when the write itself fails half-way, the list is still put right.
   undo.push(() => forgetCounters(native, state, facts.host.ifindex));
   undo.push(() => removeProxy(native, state, config.runDir, target.key));
@@ -744,6 +791,12 @@ function isSameHostLink(native: Native, record: AttachmentRecord): boolean {
   return link !== null && link.mac === record.hostMac && link.peerIfindex === record.podIfindex;
 }
 
+/** Inodes come again as soon as they are free, cookies never do; kernels before 5.14 have none (0). */
+function isSameNetns(now: AttachmentRecord['netns'], then: AttachmentRecord['netns']): boolean {
+  const cookies = now.cookie !== 0n && then.cookie !== 0n;
+  return now.dev === then.dev && now.ino === then.ino && (!cookies || now.cookie === then.cookie);
+}
+
 /** Runs `body` in the recorded namespace if it still is the one that was recorded. */
 export function inOwnNetns(native: Native, record: AttachmentRecord, body: (netns: number) => void): void {
   let netns: number;
@@ -755,8 +808,7 @@ export function inOwnNetns(native: Native, record: AttachmentRecord, body: (netn
     throw error;
   }
   try {
-    const { dev, ino } = native.netnsIdentity(netns);
-    if (dev === record.netns.dev && ino === record.netns.ino) body(netns);
+    if (isSameNetns(native.netnsIdentity(netns), record.netns)) body(netns);
   } finally {
     native.close(netns);
   }
@@ -802,7 +854,13 @@ export function verify(
   if (host === null || host.peerIfindex !== record.podIfindex) {
     const object = `host-side interface ${record.hostIfname} (ifindex ${record.hostIfindex})`;
     const found = host === null ? 'no such link' : `${host.name} with peer ${host.peerIfindex}`;
-    findings.push({ code: Code.SANDBOX_NOT_FOUND, object, expected: `peer ${record.podIfindex}`, found });
+    findings.push({
+      code: Code.SANDBOX_NOT_FOUND,
+      kind: 'interface',
+      object,
+      expected: `peer ${record.podIfindex}`,
+      found,
+    });
     return findings;
   }
   for (const hook of record.hooks) verifyHook(native, dirs, key, record, hook, findings);
@@ -825,18 +883,19 @@ function verifyHook(
       : `${hook.direction} of ${hook.inNetns ? record.ifname : record.hostIfname} (ifindex ${hook.ifindex})`;
   const object = `${hook.program} on ${place}`;
   const expected = `program ${hook.programId} by ${hook.kind}`;
-  const missing = (found: string) => findings.push({ code: Code.PROGRAM_MISSING, object, expected, found });
+  const missing = (found: string, kind: FindingKind = 'program') =>
+    findings.push({ code: Code.PROGRAM_MISSING, kind, object, expected, found });
   if (hook.kind === 'netns') {
     const link = native.linkInfo(linkPin(dirs.stateDir, key, hook.program));
-    if (link === null) missing('no pinned link');
-    else if (link.netnsIno !== record.netns.ino) missing('a link whose namespace is gone');
+    if (link === null) missing('no pinned link', 'link');
+    else if (link.netnsIno !== record.netns.ino) missing('a link whose namespace is gone', 'link');
     else if (link.programId !== hook.programId) missing(`program ${link.programId}`);
     return;
   }
   if (hook.kind === 'tcx') {
     const link = native.linkInfo(linkPin(dirs.stateDir, key, hook.program));
-    if (link === null) missing('no pinned link');
-    else if (link.ifindex !== hook.ifindex) missing('a link whose device is gone');
+    if (link === null) missing('no pinned link', 'link');
+    else if (link.ifindex !== hook.ifindex) missing('a link whose device is gone', 'link');
     else if (link.programId !== hook.programId) missing(`program ${link.programId}`);
     return;
   }
@@ -861,10 +920,12 @@ function verifyHook(
 function verifyEntries(native: Native, state: State, record: AttachmentRecord, findings: Finding[]): void {
   const entry = native.getInterface(state, record.hostIfindex);
   const mismatch = (object: string, expected: string, found: string) =>
-    findings.push({ code: Code.ENTRY_MISMATCH, object, expected, found });
+    findings.push({ code: Code.ENTRY_MISMATCH, kind: 'map', object, expected, found });
   if (entry === null) mismatch(`entry of ${record.hostIfname} in interfaces`, `MAC ${record.podMac}`, 'none');
   else if (entry.podMac !== record.podMac) {
     mismatch(`entry of ${record.hostIfname} in interfaces`, `MAC ${record.podMac}`, `MAC ${entry.podMac}`);
+  } else if (entry.flags !== record.flags) {
+    mismatch(`entry of ${record.hostIfname} in interfaces`, `flags ${record.flags}`, `flags ${entry.flags}`);
   }
   for (const address of record.addresses) {
     const endpoint = native.getEndpoint(state, address);
@@ -885,6 +946,7 @@ function verifyProxy(
   if (!listed) {
     findings.push({
       code: Code.ENTRY_MISMATCH,
+      kind: 'map',
       object: `entry of ${describePod(record)} in proxies`,
       expected: `ifindex ${record.hostIfindex}`,
       found: 'none',
@@ -897,12 +959,24 @@ function verifyProxy(
         .rules(netns, family)
         .some(({ mark, table, protocol }) => mark === tproxy && table === ROUTE_TABLE && protocol === ROUTE_PROTOCOL);
       const route = native.localRoutes(netns, family, ROUTE_TABLE).length > 0;
-      if (rule && route) continue;
+      const missing = (kind: 'rule' | 'route', expected: string) =>
+        findings.push({
+          code: Code.ENTRY_MISMATCH,
+          kind,
+          object: `IPv${family} routing of signed frames in ${record.netnsPath}`,
+          expected,
+          found: `no ${kind}`,
+        });
+      if (!rule) missing('rule', `rule to table ${ROUTE_TABLE}`);
+      if (!route) missing('route', `local route in table ${ROUTE_TABLE}`);
+    }
+    if (leavesAcceptLocal(native, record) && !native.acceptLocal(netns, record.podIfindex)) {
       findings.push({
         code: Code.ENTRY_MISMATCH,
-        object: `IPv${family} routing of signed frames in ${record.netnsPath}`,
-        expected: `rule to table ${ROUTE_TABLE} and its local route`,
-        found: rule ? 'no route' : 'no rule',
+        kind: 'sysctl',
+        object: `net.ipv4.conf.${record.ifname}.accept_local in ${record.netnsPath}`,
+        expected: '1',
+        found: '0',
       });
     }
   });

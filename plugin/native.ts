@@ -282,6 +282,15 @@ export interface Listener {
   mark: number | undefined;
 }
 
+export interface Datagram {
+  /** at most 64 KiB */
+  bytes: Uint8Array;
+  /** the caller's from now on */
+  fds: number[];
+  /** longer than that, or with more descriptors than this process may have: what is here is not all of it */
+  truncated: boolean;
+}
+
 export interface Native {
   /** LAYOUT_VERSION the addon was built with */
   readonly layoutVersion: number;
@@ -372,6 +381,8 @@ export interface Native {
   directFlows(state: State, ifindex: number): Tuple[];
   /** how many sets of flows there were */
   deleteDirectFlows(state: State, ifindex: number): number;
+  /** interfaces that have such flows, or had */
+  listDirectFlows(state: State): number[];
 
   /**
    * Replaces all exclusions of an interface at once: a program sees the old rules or these. E2BIG: more than 4096 rules,
@@ -482,8 +493,36 @@ export interface Native {
       timeoutMs: number;
     },
   ): Promise<number>;
-  /** an ordinary listener or connection inside another netns, for the demo's own pods */
-  listenPlain(netns: number, options: { address: string; port: number; backlog: number }): number;
+  /** an ordinary TCP listener inside another netns, non-blocking, for net.Server.listen({fd}) */
+  listenPlain(
+    netns: number,
+    options: { address: string; port: number; backlog: number; reusePort?: boolean; mark?: number },
+  ): number;
+  /** a bound UDP socket inside another netns, for dgram's bind({fd}) */
+  listenDatagram(netns: number, options: { address: string; port: number; reusePort: boolean; mark: number }): number;
+
+  // --- datagrams between processes: AF_UNIX, SOCK_SEQPACKET; every descriptor is non-blocking and CLOEXEC ---------------
+  /** bind() and listen(). EADDRINUSE: something has that path, a socket that nobody serves any more too */
+  listenSeqpacket(path: string, options: { mode: number; backlog: number }): number;
+  /** null: nobody waits */
+  acceptSeqpacket(listener: number): number | null;
+  /** ECONNREFUSED: nobody listens there; EAGAIN: too many wait; EPROTOTYPE: it is a socket of another type */
+  connectSeqpacket(path: string): number;
+  /** the process at the other end, as it was when it connected or listened (SO_PEERCRED) */
+  peerCredentials(socket: number): { pid: number; uid: number; gid: number };
+  /** with at most 253 descriptors (SCM_RIGHTS), which stay the caller's; false: the other end has to read first */
+  sendDatagram(socket: number, bytes: Uint8Array, fds: readonly number[]): boolean;
+  /** "nothing": there is none now; "closed": there will be none any more */
+  receiveDatagram(socket: number): Datagram | 'nothing' | 'closed';
+  /** Readable when links of the process's namespace, their qdiscs or filters have come, gone or changed. Release with close(). */
+  openLinkEvents(): number;
+  /** Indexes of those links since the last call, each once; null: some were lost (ENOBUFS), anything may have changed. */
+  readLinkEvents(socket: number): number[] | null;
+  /**
+   * Calls `onReadable` while there is something to read, or the end, until the returned function is called, which has to
+   * be before close(fd). Keeps the process alive. EEXIST: watched already; EPERM: not that kind of descriptor
+   */
+  watchReadable(fd: number, onReadable: () => void): () => void;
 
   // --- kernel ------------------------------------------------------------------------------------------------------
   /** by doing, never by version: {tcx, redirectPeer, skAssign, skLookup, skcLookup, checkMtu, tcpCheckSyncookie, netnsCookie, btf} */

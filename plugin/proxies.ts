@@ -9,16 +9,24 @@ import { locked } from './state.ts';
 /** PROXY_SLOTS of bpf/redirect.h. */
 const SLOTS = 4;
 
-/** The device is still there and leads where it did: its index and the peer's are not re-used within a namespace. */
-export function isAlive(native: Native, proxy: ProxyRecord): boolean {
+/**
+ * The device is still there and leads where it did. Whoever makes a device may choose its index, and namespace ids come
+ * again at once; the device's MAC is in the attachment's record.
+ */
+export function isAlive(native: Native, state: State, proxy: ProxyRecord): boolean {
   const host = native.linkByIndex(HOST, proxy.hostIfindex);
-  return host !== null && host.peerIfindex === proxy.podIfindex && host.peerNetnsId === proxy.nsid;
+  if (host === null || host.peerIfindex !== proxy.podIfindex || host.peerNetnsId !== proxy.nsid) return false;
+  const record = native.getAttachment(state, proxy.key);
+  return record === null || record.hostMac === host.mac;
 }
 
 /** Puts `proxy` first; the same attachment's older entry and the dead are left out. */
 export function addProxy(native: Native, state: State, runDir: string, proxy: ProxyRecord): void {
   change(native, state, runDir, (proxies) =>
-    [proxy, ...proxies.filter((other) => !sameKey(other.key, proxy.key) && isAlive(native, other))].slice(0, SLOTS),
+    [proxy, ...proxies.filter((other) => !sameKey(other.key, proxy.key) && isAlive(native, state, other))].slice(
+      0,
+      SLOTS,
+    ),
   );
 }
 
@@ -32,8 +40,8 @@ export function removeProxy(native: Native, state: State, runDir: string, key: A
  * programs can tell a dead proxy by its device only.
  */
 export function removeDeadProxies(native: Native, state: State, runDir: string): void {
-  if (native.getProxies(state).proxies.every((proxy) => isAlive(native, proxy))) return;
-  change(native, state, runDir, (proxies) => proxies.filter((proxy) => isAlive(native, proxy)));
+  if (native.getProxies(state).proxies.every((proxy) => isAlive(native, state, proxy))) return;
+  change(native, state, runDir, (proxies) => proxies.filter((proxy) => isAlive(native, state, proxy)));
 }
 
 function change(native: Native, state: State, runDir: string, edit: (proxies: ProxyRecord[]) => ProxyRecord[]): void {

@@ -73,6 +73,6 @@ function noPeer(ifname: string, path: string, reason: string): CniError {
   return new CniError(
     Code.NO_HOST_PEER,
     `interface ${ifname} in ${path} has no veth peer on the node`,
-    `${reason}; the shared contract needs a primary plugin that makes a veth pair (ptp, bridge)`,
+    `${reason}; the shared contract needs a primary plugin that makes a veth pair (ptp, bridge); a pod that must keep this interface can be left out of the mesh with the annotation ambient-redirect/enroll: "false"`,
   );
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rules that give a marked SYN to a listener, where programs cannot (bpf_sk_assign, 5.7). They are the only thing of
-// ours that another program makes: nft, when a proxy is attached and detached on such a kernel, and never otherwise.
+// Rules that give a marked SYN to a listener, where programs cannot: without bpf_sk_assign (5.7), and without a socket
+// lookup program where bpf_sk_assign refuses listeners with SO_REUSEPORT (before 6.6). They are the only thing of ours
+// that another program makes: nft, when a proxy is attached and detached on such a kernel, and never otherwise.
 
 import { CniError, Code } from './cni/errors.ts';
 import type { Native, State } from './native.ts';
@@ -10,8 +11,15 @@ const TABLE = 'inet ambient_redirect';
 
 export function needsTproxy(native: Native, state: State): boolean {
   const { variant } = native.settings(state);
-  const forced = (native.flags.VARIANT_NO_SK_ASSIGN ?? 0) | (native.flags.VARIANT_FULL_SOCKETS_ONLY ?? 0);
-  return (variant & forced) !== 0 || native.features().skAssign !== true;
+  const { NO_SK_ASSIGN, NO_SK_LOOKUP, FULL_SOCKETS_ONLY } = {
+    NO_SK_ASSIGN: native.flags.VARIANT_NO_SK_ASSIGN ?? 0,
+    NO_SK_LOOKUP: native.flags.VARIANT_NO_SK_LOOKUP ?? 0,
+    FULL_SOCKETS_ONLY: native.flags.VARIANT_FULL_SOCKETS_ONLY ?? 0,
+  };
+  const { skAssign, skLookup, tcx } = native.features();
+  if ((variant & (NO_SK_ASSIGN | FULL_SOCKETS_ONLY)) !== 0 || skAssign !== true) return true;
+  // That it takes SO_REUSEPORT cannot be tried without a packet; it came with the same version as TCX.
+  return tcx !== true && ((variant & NO_SK_LOOKUP) !== 0 || skLookup !== true);
 }
 
 /** proxy_ingress leaves the listener's port in the packet's priority. Throws CniError 102. */
@@ -60,6 +68,6 @@ function nft(netns: number, ruleset: string): void {
   throw new CniError(
     Code.ATTACH_FAILED,
     "TPROXY rules in the proxy's namespace",
-    `this kernel, or variant, has no bpf_sk_assign, and nft failed: ${reason}`,
+    `this kernel, or variant, cannot assign every listener to a packet, and nft failed: ${reason}`,
   );
 }

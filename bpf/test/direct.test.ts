@@ -73,6 +73,7 @@ describe.each(families)('IPv%i: 16 flows of a pod', (family) => {
     expect(ports(other)).toHaveLength(2 * WAYS);
     expect(ports(node.ifindex.pod)).toEqual(kept);
     expect(native.mapUsage(datapath.state).find(({ map }) => map === 'direct')).toMatchObject({ entries: 4 });
+    expect(native.listDirectFlows(datapath.state).sort()).toEqual([node.ifindex.pod, other].sort());
     expect(native.deleteDirectFlows(datapath.state, other)).toBe(2);
     expect(native.deleteDirectFlows(datapath.state, other)).toBe(0);
     expect(ports(other)).toEqual([]);

@@ -95,19 +95,24 @@ export interface TcpFields {
   flags?: number;
   seq?: number;
   ack?: number;
+  window?: number;
+  /** A multiple of 4 bytes, 40 at most. */
+  tcpOptions?: Uint8Array;
+  /** Header length in 32-bit words as the header says it; default: what it is. */
+  dataOffset?: number;
   payload?: Uint8Array;
 }
 
-/** A TCP segment without options. */
 export function tcpSegment(from: End, to: End, fields: TcpFields = {}): Buffer {
-  const segment = Buffer.concat([Buffer.alloc(20), fields.payload ?? Buffer.alloc(0)]);
+  const options = fields.tcpOptions ?? Buffer.alloc(0);
+  const segment = Buffer.concat([Buffer.alloc(20), options, fields.payload ?? Buffer.alloc(0)]);
   segment.writeUInt16BE(from.port, 0);
   segment.writeUInt16BE(to.port, 2);
   segment.writeUInt32BE(fields.seq ?? 0x12345678, 4);
   segment.writeUInt32BE(fields.ack ?? 0, 8);
-  segment.writeUInt8(5 << 4, 12);
+  segment.writeUInt8((fields.dataOffset ?? 5 + options.length / 4) << 4, 12);
   segment.writeUInt8(fields.flags ?? SYN, 13);
-  segment.writeUInt16BE(0xfaf0, 14);
+  segment.writeUInt16BE(fields.window ?? 0xfaf0, 14);
   const pseudo = pseudoHeader(from.address, to.address, IPPROTO_TCP, segment.length);
   segment.writeUInt16BE(checksum(pseudo, segment), 16);
   return segment;
@@ -151,6 +156,8 @@ export interface IPv4Fields {
   /** A multiple of 4 bytes, 40 at most. */
   options?: Uint8Array;
   totalLength?: number;
+  id?: number;
+  dontFragment?: boolean;
   moreFragments?: boolean;
   /** In bytes, a multiple of 8. */
   fragmentOffset?: number;
@@ -166,8 +173,9 @@ export function ipv4Packet(
   const header = Buffer.concat([Buffer.alloc(20), fields.options ?? Buffer.alloc(0)]);
   header.writeUInt8(((fields.version ?? 4) << 4) | (fields.ihl ?? header.length / 4), 0);
   header.writeUInt16BE(fields.totalLength ?? header.length + payload.length, 2);
-  header.writeUInt16BE(0x4d2, 4);
-  header.writeUInt16BE((fields.moreFragments ? 0x2000 : 0) | ((fields.fragmentOffset ?? 0) >> 3), 6);
+  header.writeUInt16BE(fields.id ?? 0x4d2, 4);
+  const flags = (fields.dontFragment ? 0x4000 : 0) | (fields.moreFragments ? 0x2000 : 0);
+  header.writeUInt16BE(flags | ((fields.fragmentOffset ?? 0) >> 3), 6);
   header.writeUInt8(64, 8);
   header.writeUInt8(protocol, 9);
   address(source).copy(header, 12);

@@ -132,6 +132,8 @@ export interface Outcome {
   source?: string;
   /** Default: the mark that the packet came with. */
   mark?: number;
+  /** The whole frame afterwards where more than its addresses was rewritten; it is what is counted. */
+  frame?: Uint8Array;
 }
 
 export const pass = (reason: string | null, mark?: number): Outcome => ({
@@ -557,8 +559,9 @@ export class Datapath {
     const result = await this.run(program, frame, skb);
     const counters = this.counters(counted);
     for (const { program, reason } of counters) this.seen.add(`${program} ${reason}`);
-    const bytes = BigInt(frame.length);
     const { reason, destination, source } = outcome;
+    const left = outcome.frame ?? frame;
+    const bytes = BigInt(left.length);
     expect({
       verdict: result.verdict,
       counters,
@@ -569,9 +572,9 @@ export class Datapath {
     }).toEqual({
       verdict: outcome.verdict,
       counters: reason === null ? [] : [{ program, reason, packets: 1n, bytes }],
-      destination: destination ?? macText(frame.subarray(0, 6)),
-      source: source ?? macText(frame.subarray(6, 12)),
-      rest: Buffer.from(frame.subarray(12)).toString('hex'),
+      destination: destination ?? macText(left.subarray(0, 6)),
+      source: source ?? macText(left.subarray(6, 12)),
+      rest: Buffer.from(left.subarray(12)).toString('hex'),
       mark: outcome.mark ?? skb.mark ?? FOREIGN_MARK,
     });
   }

@@ -13,6 +13,7 @@ import { podIngress } from './pod-ingress.ts';
 import { proxyEgress } from './proxy-egress.ts';
 import { proxyGuard } from './proxy-guard.ts';
 import { proxyIngress } from './proxy-ingress.ts';
+import { reset } from './reset.ts';
 import { noRedirectPeer } from './variants.ts';
 
 const seen = new Set<string>();
@@ -39,6 +40,7 @@ proxyGuard(() => standard);
 proxyIngress('with bpf_sk_assign, refused outside a hook', () => standard, drop('drop_redirect_failed'));
 proxyIngress('without bpf_sk_assign', () => noAssign, pass('proxy_assigned'));
 noRedirectPeer(() => noPeer);
+reset(() => standard);
 
 describe('variants', () => {
   const names = Object.keys(loadNative().flags).filter((name) => name.startsWith('VARIANT_'));
@@ -49,7 +51,7 @@ describe('variants', () => {
       const { native } = node;
       const { state, directory, tag } = new Datapath(node, new Set(), names, 'all');
       expect(native.settings(state).variant).not.toBe(0);
-      const without = names.some((name) => ['NO_SK_LOOKUP', 'FULL_SOCKETS_ONLY'].includes(name))
+      const without = names.some((name) => ['NO_SK_LOOKUP', 'NO_SK_ASSIGN', 'FULL_SOCKETS_ONLY'].includes(name))
         ? ['proxy_lookup']
         : [];
       for (const program of Object.keys(native.programs).filter((name) => !without.includes(name))) {

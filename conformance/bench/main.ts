@@ -1,21 +1,55 @@
 // SPDX-License-Identifier: Apache-2.0
+// npm run bench -- [--quick|--full] [--only TEXT] [--resume]
 // npm run bench -- add [--rounds N] [--attachments 1,1000]
 
 import { parseArgs } from 'node:util';
 import { benchAdd } from './add.ts';
+import { report } from './report.ts';
+import { benchTraffic } from './traffic.ts';
 
-const { values, positionals } = parseArgs({
-  allowPositionals: true,
-  options: {
-    rounds: { type: 'string', default: '30' },
-    attachments: { type: 'string', default: '1,1000' },
-  },
-});
-const [what] = positionals;
-const rounds = Number(values.rounds);
-const attachments = values.attachments.split(',').map(Number);
-if (what !== 'add' || !(rounds > 0) || !attachments.every((count) => Number.isInteger(count) && count >= 0)) {
-  process.stderr.write('usage: npm run bench -- add [--rounds N] [--attachments N,N]\n');
+const USAGE = `usage: npm run bench -- [--quick | --full] [--only TEXT] [--resume]
+       npm run bench -- add [--rounds N] [--attachments N,N]
+`;
+
+function refuse(): never {
+  process.stderr.write(USAGE);
   process.exit(2);
 }
-await benchAdd(rounds, attachments);
+
+const { values, positionals } = (() => {
+  try {
+    return parseArgs({
+      allowPositionals: true,
+      options: {
+        quick: { type: 'boolean', default: false },
+        full: { type: 'boolean', default: false },
+        only: { type: 'string' },
+        resume: { type: 'boolean', default: false },
+        rounds: { type: 'string', default: '30' },
+        attachments: { type: 'string', default: '1,1000' },
+      },
+    });
+  } catch {
+    refuse();
+  }
+})();
+const [what, ...more] = positionals;
+if (more.length > 0 || (values.quick && values.full)) refuse();
+
+if (what === 'add') {
+  const rounds = Number(values.rounds);
+  const attachments = values.attachments.split(',').map(Number);
+  if (!(rounds > 0) || !attachments.every((count) => Number.isInteger(count) && count >= 0)) refuse();
+  await benchAdd(rounds, attachments);
+} else if (what === undefined) {
+  const { directory, result } = await benchTraffic({
+    profile: values.quick ? 'quick' : values.full ? 'full' : 'default',
+    ...(values.only !== undefined && { only: values.only }),
+    resume: values.resume,
+  });
+  process.stdout.write(report(result));
+  process.stderr.write(`results, tables and plots: ${directory}\n`);
+  if (result.runs.some((run) => run.invalid !== undefined)) process.exitCode = 1;
+} else {
+  refuse();
+}

@@ -82,9 +82,24 @@ export class Capture {
 
   /** tcpdump's lines for the packets so far that match `filter`. */
   lines(filter: string): string[] {
+    return this.#read('-tt', filter)
+      .split('\n')
+      .filter((line) => line !== '');
+  }
+
+  /** The same with checksums checked, one line for each packet. Those of packets longer than what is kept cannot be. */
+  verbose(filter: string): string[] {
+    // A packet's further lines are indented.
+    return this.#read('-ttvv', filter)
+      .replaceAll(/\n\s+/g, ' ')
+      .split('\n')
+      .filter((line) => line !== '');
+  }
+
+  #read(option: string, filter: string): string {
     // A packet that is being written may be cut off: tcpdump then reports the whole ones and an error.
-    const text = must(['sh', '-c', 'tcpdump -nn -tt -r "$1" "$2" 2>/dev/null || true', 'sh', this.#file, filter]);
-    return text.split('\n').filter((line) => line !== '');
+    const script = 'tcpdump -nn "$1" -r "$2" "$3" 2>/dev/null || true';
+    return must(['sh', '-c', script, 'sh', option, this.#file, filter]);
   }
 
   /** Did any packet so far carry `text`? Only the first 160 bytes of each are kept. */

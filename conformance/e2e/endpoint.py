@@ -6,7 +6,9 @@ A server sends a banner "ADDRESS PORT\n" (the source it sees), echoes what it ge
 After a chunk "quit\n" it closes first.
 Python because Node has neither packet sockets nor a choice of source port with a time limit on connect.
 """
+import ctypes
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -16,6 +18,8 @@ import struct
 import sys
 import threading
 import time
+
+import streams
 
 SOLICIT = {socket.AF_INET: (8, 0), socket.AF_INET6: (128, 129)}
 out_lock = threading.Lock()
@@ -234,6 +238,15 @@ def abort(connection):
     return {}
 
 
+def keepalive(connection, idle=1):
+    """Probes of an idle connection, every second."""
+    channel = connections[connection]
+    channel.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+    channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    return {}
+
+
 def many(address, port, count, timeout=10000):
     """Opens `count` connections at once, keeps all until each has its banner, then closes them."""
     selector = selectors.EpollSelector()
@@ -318,6 +331,20 @@ def frame(ifname, hex, count=1):
         raw.bind((ifname, 0))
         for _ in range(count):
             raw.send(bytes.fromhex(hex))
+    return {}
+
+
+# linux/ethtool.h: ETHTOOL_STXCSUM, ETHTOOL_STSO, ETHTOOL_SGSO, ETHTOOL_SGRO
+OFFLOADS = {"checksum": 0x17, "tso": 0x1F, "gso": 0x24, "gro": 0x2C}
+
+
+def offload(ifname, **wanted):
+    """Turns offloads of an interface on or off, as ethtool -K does."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        for name, on in wanted.items():
+            value = ctypes.create_string_buffer(struct.pack("II", OFFLOADS[name], on))
+            request = struct.pack("16sP", ifname.encode(), ctypes.addressof(value))
+            fcntl.ioctl(control, 0x8946, request)  # SIOCETHTOOL
     return {}
 
 
@@ -509,7 +536,7 @@ def dns(questions, sourcePort=0, transport="udp", timeout=2000, checksum=True):
 
 OPERATIONS = {
     f.__name__: f
-    for f in (listen, seen, connect, exchange, send, finish, request, close, abort, many, ping, frame, udp_serve, udp, dns, segments, lone_fragment)
+    for f in (listen, seen, connect, exchange, send, finish, request, close, abort, many, ping, frame, offload, udp_serve, udp, dns, segments, lone_fragment, keepalive, *streams.OPERATIONS)
 }
 
 

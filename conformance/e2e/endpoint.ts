@@ -56,6 +56,30 @@ export interface RawClient {
 /** What a server accepted: [source address, source port, address that was asked for]. */
 export type Accepted = [source: string, sourcePort: number, address: string];
 
+/** One byte stream in each direction at the same time: random bytes by `seed` from the server, by `seed` + 1 towards it. */
+export interface StreamOptions {
+  bytes: number;
+  seed: number;
+  /** Bytes of one write; default 65,536. */
+  write?: number;
+  /** Who half-closes first; default the client, when all has arrived. The server's FIN comes before the client's first byte. */
+  first?: 'client' | 'server';
+  sourcePort?: number;
+  /** Milliseconds; default 20,000. */
+  timeout?: number;
+}
+
+/** SHA-256 of what the client sent, got, and should have got. */
+export interface StreamOutcome {
+  localPort: number;
+  sent: string;
+  got: string;
+  expected: string;
+  /** ECN was negotiated; a packet that said so came. */
+  ecn: boolean;
+  ect: boolean;
+}
+
 type Answer = { id: number; result?: unknown; error?: string };
 
 export class Endpoint {
@@ -157,6 +181,39 @@ export class Endpoint {
     return this.#call('many', { address, port, count, timeout });
   }
 
+  /** Serves streams on all addresses of both families. */
+  async serveStreams(port: number): Promise<void> {
+    await this.#call('stream_serve', { port });
+  }
+
+  stream(address: string, port: number, options: StreamOptions): Promise<StreamOutcome> {
+    return this.#call('stream', { address, port, ...options });
+  }
+
+  /** What serveStreams() got on the stream with that seed; waits for its end. `end`: FIN or an errno's name. */
+  streamResult(port: number, seed: number): Promise<{ bytes: number; sha256: string; end: string }> {
+    return this.#call('stream_result', { port, seed });
+  }
+
+  /** `count` streams, all open before one of them goes on; their seeds are seed, seed + 2, ... */
+  streams(
+    address: string,
+    port: number,
+    options: { count: number; bytes: number; seed: number; timeout: number },
+  ): Promise<{ open: number; right: number; failures: Record<string, number>; sent: string }> {
+    return this.#call('streams', { address, port, ...options });
+  }
+
+  /** The digest of what serveStreams() got on them, to compare with `sent`. */
+  async streamResults(port: number, seed: number, count: number): Promise<string> {
+    return (await this.#call<{ got: string }>('stream_results', { port, seed, count })).got;
+  }
+
+  /** Has the kernel probe an idle connection every second. */
+  async keepalive(connection: Connection): Promise<void> {
+    await this.#call('keepalive', { connection: connection.connection });
+  }
+
   async ping(address: string, size = 16): Promise<void> {
     await this.#call('ping', { address, size });
   }
@@ -185,6 +242,11 @@ export class Endpoint {
     options: { sourcePort?: number; transport?: 'udp' | 'tcp'; timeout?: number; checksum?: boolean } = {},
   ): Promise<[resolver: string, id: number, text: string][]> {
     return (await this.#call<{ answers: [string, number, string][] }>('dns', { questions, ...options })).answers;
+  }
+
+  /** Turns offloads of an interface on or off, as ethtool -K does. */
+  async offload(ifname: string, wanted: Partial<Record<'checksum' | 'tso' | 'gso' | 'gro', boolean>>): Promise<void> {
+    await this.#call('offload', { ifname, ...wanted });
   }
 
   async serveUDP(port: number): Promise<void> {

@@ -88,6 +88,11 @@ export class Mesh {
     return this.#sourcePort;
   }
 
+  /** What nextPort() gave last, and so the source port of the last connect(). */
+  get lastPort(): number {
+    return this.#sourcePort;
+  }
+
   connect(from: Actor, address: string, port = PORT, more: ConnectOptions = {}): Promise<Connection> {
     return this.endpoint(from).connect(address, port, { sourcePort: this.nextPort(), ...more });
   }

@@ -31,6 +31,8 @@ export interface TopologyOptions {
   primary: 'ptp' | 'bridge';
   hook: 'tcx' | 'clsact';
   rpFilter: 0 | 1;
+  /** Keys for the bridge plugin's entry, over the defaults here. */
+  bridge?: Record<string, unknown>;
   /** Keys for our conflist entry, over the defaults here. */
   entry?: Record<string, unknown>;
   /** Path of the plugin under test; null: the primary plugin alone. */
@@ -39,6 +41,8 @@ export interface TopologyOptions {
 
 export interface PodOptions {
   namespace?: string;
+  /** As the runtime has it, where the pod has one. */
+  uid?: string;
   enroll?: boolean;
   /** Keys for our conflist entry, for this pod's ADD and DEL alone. */
   entry?: Record<string, unknown>;
@@ -144,6 +148,11 @@ export class Topology {
     return namespace;
   }
 
+  /** A process that acts in a namespace of this topology. */
+  endpoint(namespace: Namespace, label: string): Endpoint {
+    return new Endpoint(this.testbed, namespace, label);
+  }
+
   /** A pod's namespace and its endpoint process; not on the network yet. */
   pod(label: string, options: PodOptions = {}): Pod {
     return new Pod(this.testbed, this.namespace(label), label, options);
@@ -177,10 +186,11 @@ export class Topology {
       ranges: families.map((family) => [{ subnet: podSubnets[family], gateway: gateway[family] }]),
       routes: [{ dst: '0.0.0.0/0' }, { dst: '::/0' }],
     };
-    const { primary } = this.options;
+    const { primary, bridge } = this.options;
     // hairpinMode: bridge netfilter rewrites and bridges at once, so a pod's call of its own service leaves by the port
     // that it came by. Kubernetes sets it for the same reason.
-    const own = primary === 'bridge' ? { bridge: BRIDGE, isGateway: true, hairpinMode: true } : { ipMasq: false };
+    const own =
+      primary === 'bridge' ? { bridge: BRIDGE, isGateway: true, hairpinMode: true, ...bridge } : { ipMasq: false };
     return { cniVersion, name: network, type: primary, ...own, ipam };
   }
 
@@ -197,6 +207,7 @@ export class Topology {
         `K8S_POD_NAMESPACE=${pod.options.namespace ?? 'default'}`,
         `K8S_POD_NAME=${pod.label}`,
         `K8S_POD_INFRA_CONTAINER_ID=${pod.containerId}`,
+        ...(pod.options.uid === undefined ? [] : [`K8S_POD_UID=${pod.options.uid}`]),
       ].join(';'),
     };
   }
@@ -224,13 +235,18 @@ export class Topology {
 
   /** What a primary plugin leaves behind, without one: a veth pair and a Result. `number` 2 to 250. */
   wire(pod: Pod, number: number): void {
+    this.testbed.veth({ namespace: this.node, ifname: `veth${number}` }, { namespace: pod.netns, ifname: 'eth0' });
+    this.adopt(pod, number);
+  }
+
+  /** The addresses and the Result for a veth pair that is there. */
+  adopt(pod: Pod, number: number): void {
     pod.hostIfname = `veth${number}`;
     pod.addresses = { 4: `10.88.0.${number}`, 6: `fd88::${number.toString(16)}` };
     const addresses = [`${pod.addresses[4]}/24`, `${pod.addresses[6]}/64`];
-    this.testbed.veth(
-      { namespace: this.node, ifname: pod.hostIfname },
-      { namespace: pod.netns, ifname: 'eth0', addresses },
-    );
+    for (const address of addresses) {
+      pod.netns.ip('address', 'add', address, 'dev', 'eth0', ...(address.includes(':') ? ['nodad'] : []));
+    }
     this.#look(pod);
     pod.prevResult = {
       interfaces: [

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// node conformance/noleak/main.ts [--long] [--variant NAME]... [--churn N] [--seed N]
+// node conformance/noleak/main.ts [--long] [--minutes N] [--variant NAME]... [--churn N] [--seed N]
 //   [--primary bridge|ptp] [--hook tcx|clsact] [--small-maps]
 //
 // Traffic, trouble and a judge on a throw-away node (README, "Develop and test"). Exit code 0: nothing went around the
-// proxy. With --variant: 0 if the judge caught that leaky build. --long: every topology, 200 pods, every variant.
+// proxy. With --variant: 0 if the judge caught that leaky build. --long: every topology, 200 pods churned, one run after
+// the other with a new seed for an hour (--minutes: for that long), then every variant.
 
 import { parseArgs } from 'node:util';
 import { executable, requireExecutable } from '../e2e/topology.ts';
@@ -52,10 +53,36 @@ export async function tryVariant(variant: Variant, seed: number): Promise<{ repo
   return { report, caught: variant.caughtAs.every((name) => kinds.some((kind) => name.test(kind))) };
 }
 
+/** Each of `runs` once, and again with other seeds until the time is over. */
+async function runAll(runs: readonly Options[], minutes: number): Promise<boolean> {
+  const end = performance.now() + minutes * 60_000;
+  const total = { runs: 0, failed: 0, packets: 0, flows: 0, churned: 0 };
+  for (let round = 0; round === 0 || performance.now() < end; round++) {
+    for (const base of runs) {
+      if (round > 0 && performance.now() >= end) break;
+      const options = { ...base, seed: base.seed + round };
+      const report = await run(options);
+      const maps = options.smallMaps ? ', small maps' : '';
+      console.log(`\n${options.primary}, ${options.hook}, ${options.churn} pods churned${maps}, seed ${options.seed}`);
+      console.log(text(report).join('\n'));
+      total.runs += 1;
+      total.failed += clean(report) ? 0 : 1;
+      total.packets += report.verdict.packets;
+      total.flows += Object.values(report.flows).reduce((sum, { begun }) => sum + begun, 0);
+      total.churned += options.churn;
+    }
+  }
+  console.log(
+    `\n${total.runs} runs, ${total.failed} failed: ${total.churned} pods churned, ${total.flows} flows, ${total.packets} TCP packets judged`,
+  );
+  return total.failed === 0;
+}
+
 async function main(): Promise<boolean> {
   const { values } = parseArgs({
     options: {
       long: { type: 'boolean', default: false },
+      minutes: { type: 'string' },
       variant: { type: 'string', multiple: true, default: [] },
       churn: { type: 'string', default: '10' },
       'small-maps': { type: 'boolean', default: false },
@@ -65,6 +92,8 @@ async function main(): Promise<boolean> {
     },
   });
   const seed = Number(values.seed);
+  const minutes = Number(values.minutes ?? (values.long ? 60 : 0));
+  if (!(minutes >= 0)) throw new Error(`--minutes ${values.minutes}: not a number of minutes`);
   const chosen = values.variant.map((name) => {
     const variant = variants.find((one) => one.name === name);
     if (!variant) throw new Error(`no variant ${name}; there are ${variants.map((one) => one.name).join(', ')}`);
@@ -90,12 +119,7 @@ async function main(): Promise<boolean> {
       }
       runs.push({ ...short, churn: 10, smallMaps: true });
     }
-    for (const options of runs) {
-      const report = await run(options);
-      console.log(`\n${options.primary}, ${options.hook}, ${options.churn} pods churned, seed ${options.seed}`);
-      console.log(text(report).join('\n'));
-      good &&= clean(report);
-    }
+    good = await runAll(runs, minutes);
   }
   for (const variant of values.long && chosen.length === 0 ? variants : chosen) {
     const { report, caught } = await tryVariant(variant, seed);

@@ -4,6 +4,7 @@
 import { describePod } from '../datapath.ts';
 import type { AttachmentRecord, Counter, Native } from '../native.ts';
 import { type Directories, openState } from '../state.ts';
+import { isRefusal } from './survey.ts';
 import { formatTable } from './table.ts';
 import { printable, type Terminal } from './terminal.ts';
 
@@ -45,7 +46,7 @@ export function counters(
         lines.map((line) => [
           line.program,
           printable(line.subject) || (line.ifindex === 0 ? '(inside the proxy)' : `(ifindex ${line.ifindex})`),
-          line.reason.startsWith('drop_') ? terminal.red(line.reason) : line.reason,
+          isRefusal(line.reason) ? terminal.red(line.reason) : line.reason,
           String(line.packets),
           String(line.bytes),
         ]),

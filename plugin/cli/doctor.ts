@@ -49,17 +49,17 @@ const VARIANTS: readonly Variant[] = [
   },
   {
     feature: 'skLookup',
-    since: '5.9',
+    since: '5.10',
     gives: 'sockets chosen inside the proxy by sk_lookup',
-    without: 'TIME_WAIT tuples are left to TCP',
+    without: 'TIME_WAIT tuples are left to TCP; before 6.6 SO_REUSEPORT listeners need TPROXY rules',
     required: false,
   },
   {
     feature: 'skAssign',
     since: '5.7',
     gives: 'listener assigned to each captured SYN',
-    without: 'nothing in this version',
-    required: true,
+    without: 'TPROXY rules in the proxy’s namespace, made by nft',
+    required: false,
   },
   {
     feature: 'skcLookup',

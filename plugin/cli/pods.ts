@@ -91,7 +91,8 @@ function mode({ record }: Attachment, native: Native): string {
 }
 
 function policy(flags: number, native: Native): string {
-  return (flags & (native.flags.INTERFACE_POLICY_OPEN ?? 0)) === 0 ? 'closed' : 'open';
+  if ((flags & (native.flags.INTERFACE_POLICY_OPEN ?? 0)) !== 0) return 'open';
+  return (flags & (native.flags.INTERFACE_CLOSED_RESET ?? 0)) === 0 ? 'closed' : 'closed, reset';
 }
 
 /** As runtimes' tools show container ids. */

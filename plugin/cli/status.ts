@@ -5,7 +5,15 @@ import { describePod } from '../datapath.ts';
 import { endDrains } from '../drain.ts';
 import type { Native } from '../native.ts';
 import { type Directories, knownStateDirs } from '../state.ts';
-import { count, type Problem, type Survey, type SurveyedProxy, survey, type WantedListener } from './survey.ts';
+import {
+  count,
+  isRefusal,
+  type Problem,
+  type Survey,
+  type SurveyedProxy,
+  survey,
+  type WantedListener,
+} from './survey.ts';
 import { printable, type Terminal } from './terminal.ts';
 
 export function status(native: Native, terminal: Terminal, directories: Directories, json: boolean): 0 | 1 {
@@ -154,7 +162,7 @@ function totalBytes(found: Survey): number {
 function drops(found: Survey): { reason: string; packets: bigint }[] {
   const sums = new Map<string, bigint>();
   for (const { reason, packets } of found.counters) {
-    if (reason.startsWith('drop_') && packets > 0n) sums.set(reason, (sums.get(reason) ?? 0n) + packets);
+    if (isRefusal(reason) && packets > 0n) sums.set(reason, (sums.get(reason) ?? 0n) + packets);
   }
   return [...sums].map(([reason, packets]) => ({ reason, packets })).sort((a, b) => (a.packets > b.packets ? -1 : 1));
 }

@@ -110,10 +110,15 @@ export function survey(native: Native, directories: Directories): Survey | null 
   }
 }
 
+/** Is it the reason of packets that did not go on: dropped, or answered with a RST? */
+export function isRefusal(reason: string): boolean {
+  return reason.startsWith('drop_') || reason.startsWith('reset_');
+}
+
 /** Counters of drops at an attachment's host-side interface. */
 function dropsAt(counters: readonly Counter[], ifindex: number): bigint {
   return counters
-    .filter((counter) => counter.ifindex === ifindex && counter.reason.startsWith('drop_'))
+    .filter((counter) => counter.ifindex === ifindex && isRefusal(counter.reason))
     .reduce((sum, { packets }) => sum + packets, 0n);
 }
 
@@ -233,9 +238,11 @@ function proxyProblems(
   );
   if (enrolled.length === 0) return [];
   const closed = enrolled.filter(({ record }) => (record.flags & open) === 0);
+  const reset = native.flags.INTERFACE_CLOSED_RESET ?? 0;
+  const action = closed.every(({ record }) => (record.flags & reset) !== 0) ? 'refused' : 'dropped';
   const consequence =
     closed.length > 0
-      ? `new connections of ${count(closed.length, 'pod')} are dropped`
+      ? `new connections of ${count(closed.length, 'pod')} are ${action}`
       : 'new connections go direct (failurePolicy open)';
   const severity = closed.length > 0 ? 'impaired' : 'warning';
 

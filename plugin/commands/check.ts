@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // CHECK: SPEC section "CHECK". Compares what ADD made with what is there; changes and repairs nothing.
 
+import { attachmentKey } from '../attachments.ts';
 import { formatAddress } from '../cni/address.ts';
 import type { Request } from '../cni/dispatch.ts';
 import { CniError, Code } from '../cni/errors.ts';
@@ -16,7 +17,9 @@ export function check(native: Native, request: Request): void {
   const netns = openSandbox(native, request.netns);
   try {
     if (!request.netnsOverride) assertOtherNetns(native, netns, request.netns);
-    const decision = decide(native, request, netns, config);
+    // Never depends on the agent: what it answered at ADD is what is recorded.
+    const answer = config.enrollment === 'agent' ? isRecordedInMesh(native, request, config) : undefined;
+    const decision = decide(native, request, netns, config, answer);
     if (native.linkByName(netns, request.ifname) === null) {
       const details = `there is none in ${request.netns}`;
       throw new CniError(Code.SANDBOX_NOT_FOUND, `interface ${request.ifname} not found`, details);
@@ -38,6 +41,16 @@ export function check(native: Native, request: Request): void {
   }
 }
 
+function isRecordedInMesh(native: Native, { conf, containerId, ifname }: Request, config: RedirectConfig): boolean {
+  const state = openState(native, config.stateDir);
+  if (state === null) return false;
+  try {
+    return native.getAttachment(state, attachmentKey(native, conf.name, containerId, ifname))?.role === 'pod';
+  } finally {
+    native.closeState(state);
+  }
+}
+
 function checkState(native: Native, config: RedirectConfig, state: State, netns: number, decision: Decision): void {
   const { target, reason } = decision;
   const record = native.getAttachment(state, target.key);
@@ -49,12 +62,14 @@ function checkState(native: Native, config: RedirectConfig, state: State, netns:
   const findings: Finding[] = [];
   if (record.state === 'attaching') {
     const object = `record of ${describePod(record)}`;
-    findings.push({ code: Code.ENTRY_MISMATCH, object, expected: 'attached', found: 'attaching: an ADD was killed' });
+    const found = 'attaching: an ADD was killed';
+    findings.push({ code: Code.ENTRY_MISMATCH, kind: 'map', object, expected: 'attached', found });
   }
   const identity = native.netnsIdentity(netns);
   if (identity.dev !== record.netns.dev || identity.ino !== record.netns.ino) {
     findings.push({
       code: Code.SANDBOX_NOT_FOUND,
+      kind: 'interface',
       object: `network namespace ${target.netnsPath}`,
       expected: `net:[${record.netns.ino}]`,
       found: `net:[${identity.ino}]`,
@@ -78,6 +93,7 @@ function missingAddresses(record: AttachmentRecord, { target }: Decision): Findi
       : [
           {
             code: Code.ENTRY_MISMATCH,
+            kind: 'map' as const,
             object: `address ${address} of prevResult`,
             expected: 'recorded for this attachment',
             found: `${[...recorded].join(', ') || 'none'}`,

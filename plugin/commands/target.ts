@@ -25,20 +25,21 @@ export interface Decision {
   reason: string;
 }
 
-/** Throws CniError 7, or 11 where the agent would have to be asked. */
-export function decide(native: Native, request: Request, netns: number, config: RedirectConfig): Decision {
+/**
+ * `agentAnswer`: what the agent said, where it was asked; undefined: nobody could be. Throws CniError 7, or 11 where the
+ * agent would have to be asked.
+ */
+export function decide(
+  native: Native,
+  request: Request,
+  netns: number,
+  config: RedirectConfig,
+  agentAnswer?: boolean,
+): Decision {
   const { conf, ifname } = request;
   const annotations = podAnnotations(conf.runtimeConfig);
   const pod = podIdentity(request.args);
-  const enrolment = settle(
-    config,
-    decideEnrolment(config, {
-      pod,
-      ifname,
-      annotations,
-      annotationsDeclared: declaresCapability(conf, ANNOTATIONS_CAPABILITY),
-    }),
-  );
+  const enrolment = settle(config, enrolmentOf(request, config, agentAnswer));
   const { role, reason } = enrolment;
   const wishes = role === 'pod' ? trafficAnnotations(annotations, config.podOverrides) : undefined;
   const { addresses } = selectPodInterface(conf.prevResult ?? { cniVersion: conf.cniVersion }, ifname, (sandbox) =>
@@ -69,8 +70,19 @@ export function decide(native: Native, request: Request, netns: number, config: 
   };
 }
 
+/** Role "undecided": only the agent can say. Throws CniError 7. */
+export function enrolmentOf(request: Request, config: RedirectConfig, agentAnswer?: boolean): Enrolment {
+  return decideEnrolment(config, {
+    pod: podIdentity(request.args),
+    ifname: request.ifname,
+    annotations: podAnnotations(request.conf.runtimeConfig),
+    annotationsDeclared: declaresCapability(request.conf, ANNOTATIONS_CAPABILITY),
+    ...(agentAnswer !== undefined && { agentAnswer }),
+  });
+}
+
 /** The node's settings with what the pod asks for itself. Throws CniError 7. */
-function withWishes(config: RedirectConfig, { dnsCapture, exclude }: TrafficAnnotations): RedirectConfig {
+export function withWishes(config: RedirectConfig, { dnsCapture, exclude }: TrafficAnnotations): RedirectConfig {
   if (dnsCapture === true && config.proxy.ports.dns === 0) {
     throw new CniError(
       Code.INVALID_NETWORK_CONFIG,

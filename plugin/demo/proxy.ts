@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A transparent proxy in a network namespace, as `demo` needs one: it stands where ztunnel or HAProxy stands on a node.
+// A transparent proxy in a network namespace, as `demo` needs one: it stands where ztunnel or HAProxy stands on a node,
+// or, with `inPod`, where ztunnel stands in every pod.
 // It keeps the original destination (the local address of what it accepts) and the client's address (the source of
 // what it opens). No TLS, no authorisation: HBONE's port is served with a plaintext CONNECT.
 
@@ -16,6 +17,14 @@ export interface ProxyOptions {
   address: '::' | '0.0.0.0';
   /** host order; a port of 0 gets no listener */
   ports: Readonly<Record<ListenerName, number>>;
+  inPod?: InPodOptions;
+}
+
+/** How ztunnel's sockets in a pod differ: they share their ports with another ztunnel's, and are told by their mark. */
+export interface InPodOptions {
+  mark: number;
+  /** the workload is known from XDS; connections of one that is not are held and then reset */
+  isKnown: () => boolean;
 }
 
 /** One accepted connection. Addresses are text, IPv4 never mapped. */
@@ -28,6 +37,8 @@ export interface SeenConnection {
 }
 
 const CONNECT_TIMEOUT_MS = 5_000;
+/** How long ztunnel waits for XDS to name the workload of a connection that it has accepted. */
+const UNKNOWN_WORKLOAD_MS = 5_000;
 const PREAMBLE_LIMIT = 1_024;
 const BACKLOG = 128;
 const LISTENERS: readonly ListenerName[] = ['outbound', 'inboundPlaintext', 'inboundHBONE'];
@@ -63,6 +74,21 @@ export class TransparentProxy {
     return proxy;
   }
 
+  /** Closes the listeners, and ends what is open as a process that drains does: the peers read an end, not a reset. */
+  async end(): Promise<void> {
+    for (const socket of this.#sockets) socket.destroySoon();
+    await Promise.all(this.#servers.splice(0).map((server) => new Promise((resolve) => server.close(resolve))));
+  }
+
+  /** No new connections; those that are open go on. */
+  stopListening(): void {
+    for (const server of this.#servers) server.close();
+  }
+
+  get connections(): number {
+    return this.#sockets.size;
+  }
+
   /** Closes the listeners and resets what is open. */
   async close(): Promise<void> {
     for (const socket of this.#sockets) reset(socket);
@@ -75,9 +101,9 @@ export class TransparentProxy {
       address: this.#options.address,
       port: this.#options.ports[name],
       backlog: BACKLOG,
-      reusePort: false,
+      reusePort: this.#options.inPod !== undefined,
       v6only: false,
-      mark: 0,
+      mark: this.#options.inPod?.mark ?? 0,
     });
     // allowHalfOpen: a client that has sent all it has may still be waiting for the answer.
     const server = createServer({ allowHalfOpen: true, pauseOnConnect: true }, (socket) => {
@@ -96,6 +122,11 @@ export class TransparentProxy {
     if (source === undefined || destination === undefined || port === undefined) return reset(downstream);
     this.seen.push({ listener, source, destination, port });
 
+    if (this.#options.inPod?.isKnown() === false) {
+      const held = setTimeout(() => reset(downstream), UNKNOWN_WORKLOAD_MS);
+      downstream.once('close', () => clearTimeout(held));
+      return;
+    }
     if (listener === 'inboundHBONE') return this.#acceptTunnel(downstream, source, destination);
     // Nothing was redirected: the client named the listener itself, and going on would lead here again.
     if (port === this.#options.ports[listener]) return reset(downstream);
@@ -142,7 +173,7 @@ export class TransparentProxy {
       sourcePort: 0,
       destination,
       port,
-      mark: 0,
+      mark: this.#options.inPod?.mark ?? 0,
       timeoutMs: CONNECT_TIMEOUT_MS,
     });
     return this.#own(new Socket({ fd, readable: true, writable: true, allowHalfOpen: true }));

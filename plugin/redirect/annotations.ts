@@ -15,6 +15,8 @@ export const ANNOTATION = {
   dnsCapture: 'ambient.istio.io/dns-capture',
   bypassInbound: 'ambient.istio.io/bypass-inbound-capture',
   virtualInterfaces: 'istio.io/reroute-virtual-interfaces',
+  /** there on a pod with an injected sidecar; its value is the injection's own record */
+  sidecar: 'sidecar.istio.io/status',
   excludeInboundPorts: 'traffic.sidecar.istio.io/excludeInboundPorts',
   excludeOutboundPorts: 'traffic.sidecar.istio.io/excludeOutboundPorts',
   excludeOutboundCIDRs: 'traffic.sidecar.istio.io/excludeOutboundIPRanges',

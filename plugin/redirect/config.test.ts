@@ -33,7 +33,7 @@ const DEFAULTS = {
   enrollment: 'annotation',
   proxy: {
     contract: 'shared',
-    match: { namespace: 'istio-system', name: 'ztunnel-*' },
+    match: { namespace: 'istio-system', name: 'ztunnel-*', serviceAccount: 'ztunnel' },
     ports: { outbound: 15001, inboundPlaintext: 15006, inboundHBONE: 15008, dns: 15053 },
   },
   failurePolicy: 'closed',
@@ -110,7 +110,7 @@ test.each([
     {
       proxy: {
         contract: 'in-pod',
-        match: { namespace: 'istio-system', name: 'z-*' },
+        match: { namespace: 'istio-system', name: 'z-*', serviceAccount: '*' },
         ports: { ...DEFAULTS.proxy.ports, dns: 0, outbound: 15101 },
       },
     },
@@ -154,6 +154,11 @@ describe('refuses', () => {
     [{ proxy: { contract: 1 } }, 'proxy.contract" = 1', 'expected one of "shared", "in-pod"'],
     [{ proxy: { match: 'x' } }, 'proxy.match" = "x"', 'expected an object'],
     [{ proxy: { match: { namespace: '*' } } }, 'proxy.match.namespace" = "*"', 'expected the name of a namespace'],
+    [
+      { proxy: { match: { serviceAccount: 'a b' } } },
+      'proxy.match.serviceAccount" = "a b"',
+      'expected a service account, in which * stands for any characters',
+    ],
     [
       { proxy: { match: { name: 'z_?' } } },
       'proxy.match.name" = "z_?"',

@@ -11,8 +11,8 @@ export interface RedirectConfig {
   enrollment: Enrollment;
   proxy: {
     contract: Contract;
-    /** whose ADD makes the proxy; `name` may have `*` for any characters */
-    match: { namespace: string; name: string };
+    /** whose ADD makes the proxy; `name` and `serviceAccount` may have `*` for any characters */
+    match: { namespace: string; name: string; serviceAccount: string };
     /** 0: no such listener, nothing of that kind is redirected */
     ports: ProxyPorts;
   };
@@ -85,6 +85,9 @@ const VARIANTS = ['auto', 'no-redirect-peer', 'no-sk-lookup', 'no-sk-assign', 'f
  */
 const DEFAULT_MARKS: Marks = { bypass: 0x1041, toProxy: 0x1042, tproxy: 0x1043 };
 
+/** Pods of Istio's DaemonSet. */
+const ZTUNNEL = 'ztunnel-*';
+
 /** Keys that belong to CNI and libcni, beside every `cni.dev/...`. */
 const CNI_KEYS = [
   'name',
@@ -113,14 +116,23 @@ export function parseConfig(raw: NetConf['raw']): RedirectConfig {
   const ports = proxy.section('ports');
   const exclude = entry.section('exclude');
   const marks = entry.section('marks');
+  // No pattern for the namespace: it is what makes the proxy trusted.
+  const namespace = match.string('namespace', 'istio-system', isNamespace, 'the name of a namespace');
+  const name = match.string('name', ZTUNNEL, isNamePattern, 'a pod name, in which * stands for any characters');
   const config: RedirectConfig = {
     enrollment: entry.oneOf('enrollment', ['annotation', 'all', 'agent']),
     proxy: {
       contract: proxy.oneOf('contract', ['shared', 'in-pod']),
       match: {
-        // No pattern: the namespace is what makes the proxy trusted.
-        namespace: match.string('namespace', 'istio-system', isNamespace, 'the name of a namespace'),
-        name: match.string('name', 'ztunnel-*', isNamePattern, 'a pod name, in which * stands for any characters'),
+        namespace,
+        name,
+        // ztunnel's chart gives it this one; what another proxy has nobody can know.
+        serviceAccount: match.string(
+          'serviceAccount',
+          name === ZTUNNEL ? 'ztunnel' : '*',
+          isNamePattern,
+          'a service account, in which * stands for any characters',
+        ),
       },
       ports: {
         outbound: ports.integer('outbound', 15001, 0, 65535),

@@ -2,6 +2,7 @@
 import { describe, expect, test } from 'vitest';
 import { parseConfig } from './config.ts';
 import { type Candidate, decideEnrolment, matchesPattern, podIdentity } from './enrolment.ts';
+import { parseSelectors } from './selectors.ts';
 
 interface Case {
   pod?: string | null;
@@ -9,21 +10,28 @@ interface Case {
   annotations?: Record<string, string> | null;
   declared?: boolean;
   labels?: Record<string, string>;
+  namespaceLabels?: Record<string, string>;
   agentAnswer?: boolean;
   config?: Record<string, unknown>;
+  /** what only the API knows */
+  known?: Pick<Candidate, 'serviceAccount' | 'owners' | 'hostNetwork' | 'phase'>;
+  selectors?: object[];
 }
 
-function decide({ pod = 'shop/cart-1', annotations = null, declared = true, labels, config = {}, ...rest }: Case) {
+function decide({ pod = 'shop/cart-1', annotations = null, declared = true, config = {}, ...rest }: Case) {
   const [namespace = '', name = ''] = pod?.split('/') ?? [];
   const candidate: Candidate = {
     pod: pod === null ? null : { namespace, name, uid: '' },
     ifname: rest.ifname ?? 'eth0',
     annotations: annotations && new Map(Object.entries(annotations)),
     annotationsDeclared: declared,
-    ...(labels && { labels: new Map(Object.entries(labels)) }),
+    ...(rest.labels && { labels: new Map(Object.entries(rest.labels)) }),
+    ...(rest.namespaceLabels && { namespaceLabels: new Map(Object.entries(rest.namespaceLabels)) }),
+    ...rest.known,
     ...(rest.agentAnswer !== undefined && { agentAnswer: rest.agentAnswer }),
   };
-  const { role, reason } = decideEnrolment(parseConfig(config), candidate);
+  const selectors = rest.selectors && { enablementSelectors: parseSelectors(rest.selectors) };
+  const { role, reason } = decideEnrolment({ ...parseConfig(config), ...selectors }, candidate);
   return [role, reason];
 }
 
@@ -32,6 +40,10 @@ const interfaces = (value: string) => ({ 'ambient-redirect/interfaces': value })
 const ALL = { enrollment: 'all' };
 const AGENT = { enrollment: 'agent' };
 const NONE_LABEL = { 'istio.io/dataplane-mode': 'none' };
+const AMBIENT_LABEL = { 'istio.io/dataplane-mode': 'ambient' };
+const DAEMON_SET = [{ kind: 'DaemonSet', name: 'ztunnel' }];
+const ZTUNNEL = { serviceAccount: 'ztunnel', owners: DAEMON_SET };
+const SIDECAR = { 'sidecar.istio.io/status': '{"initContainers":["istio-init"]}' };
 
 test.each<[string, Case, string, string]>([
   // the proxy, whatever else is said of it
@@ -70,10 +82,101 @@ test.each<[string, Case, string, string]>([
     'matches proxy.match',
   ],
 
+  // what the API knows makes the proxy, a label never
+  ['proxy, as the API has it', { pod: 'istio-system/ztunnel-abc', known: ZTUNNEL }, 'proxy', 'matches proxy.match'],
+  [
+    'called like the proxy, another service account',
+    { pod: 'istio-system/ztunnel-abc', known: { ...ZTUNNEL, serviceAccount: 'default' } },
+    'none',
+    'namespace istio-system is in excludeNamespaces; it is called like the proxy, but its service account is default, not ztunnel',
+  ],
+  [
+    'called like the proxy, by nobody',
+    { pod: 'istio-system/ztunnel-abc', known: { ...ZTUNNEL, owners: [] } },
+    'none',
+    'namespace istio-system is in excludeNamespaces; it is called like the proxy, but is no pod of a DaemonSet',
+  ],
+  [
+    'called like the proxy, of a ReplicaSet',
+    {
+      pod: 'istio-system/ztunnel-abc',
+      known: { ...ZTUNNEL, owners: [{ kind: 'ReplicaSet', name: 'ztunnel' }] },
+      config: { ...ALL, excludeNamespaces: [] },
+    },
+    'pod',
+    'enrollment is "all"',
+  ],
+  [
+    'called like the proxy, of another DaemonSet',
+    { pod: 'istio-system/ztunnel-abc', known: { ...ZTUNNEL, owners: [{ kind: 'DaemonSet', name: 'logs' }] } },
+    'none',
+    'namespace istio-system is in excludeNamespaces; it is called like the proxy, but is no pod of a DaemonSet',
+  ],
+  [
+    'labelled like the proxy, elsewhere',
+    { pod: 'shop/x', labels: { app: 'ztunnel' }, known: ZTUNNEL, config: ALL },
+    'pod',
+    'enrollment is "all"',
+  ],
+  [
+    'configured service account',
+    {
+      pod: 'mesh/haproxy-1',
+      known: { serviceAccount: 'edge-7', owners: [{ kind: 'DaemonSet', name: 'haproxy' }] },
+      config: { proxy: { match: { namespace: 'mesh', name: 'haproxy-*', serviceAccount: 'edge-*' } } },
+    },
+    'proxy',
+    'matches proxy.match',
+  ],
+
   // the agent
+  [
+    'agent, called like the proxy',
+    {
+      pod: 'istio-system/ambient-redirect-x',
+      known: { serviceAccount: 'a', owners: [{ kind: 'DaemonSet', name: 'ambient-redirect' }] },
+      config: { proxy: { match: { name: '*' } } },
+    },
+    'none',
+    'is the node agent',
+  ],
   ['agent', { pod: 'istio-system/ambient-redirect-x', annotations: enroll('true') }, 'none', 'is the node agent'],
   ['agent, excluded namespace', { pod: 'kube-system/ambient-redirect-x', config: ALL }, 'none', 'is the node agent'],
   ['namesake of the agent', { pod: 'shop/ambient-redirect-x', config: ALL }, 'pod', 'enrollment is "all"'],
+
+  // what has no network of its own
+  [
+    'hostNetwork',
+    { annotations: enroll('true'), known: { hostNetwork: true }, config: ALL },
+    'none',
+    "uses the host's network",
+  ],
+  [
+    'hostNetwork proxy',
+    { pod: 'istio-system/ztunnel-a', known: { hostNetwork: true } },
+    'none',
+    "uses the host's network",
+  ],
+  ['finished', { annotations: enroll('true'), known: { phase: 'Succeeded' } }, 'none', 'has ended: Succeeded'],
+  ['failed', { known: { phase: 'Failed' }, config: ALL }, 'none', 'has ended: Failed'],
+  ['finished proxy', { pod: 'istio-system/ztunnel-a', known: { phase: 'Failed' } }, 'none', 'has ended: Failed'],
+  ...['Pending', 'Running', 'Unknown'].map((phase): [string, Case, string, string] => [
+    phase,
+    { known: { phase }, config: ALL },
+    'pod',
+    'enrollment is "all"',
+  ]),
+
+  // sidecars
+  ['sidecar', { annotations: SIDECAR, config: ALL }, 'none', 'has a sidecar'],
+  ['sidecar, opted in', { annotations: { ...SIDECAR, ...enroll('true') } }, 'none', 'has a sidecar'],
+  ['sidecar, labelled', { annotations: SIDECAR, labels: AMBIENT_LABEL, config: AGENT }, 'none', 'has a sidecar'],
+  [
+    'sidecar, which anyone could claim',
+    { annotations: SIDECAR, config: { ...ALL, podOverrides: 'none' } },
+    'pod',
+    'enrollment is "all"',
+  ],
 
   // excluded namespaces come before what the pod wants
   [
@@ -128,6 +231,65 @@ test.each<[string, Case, string, string]>([
   ['agent not asked', { config: AGENT }, 'undecided', 'enrollment is "agent"'],
   ['agent says yes', { config: AGENT, agentAnswer: true }, 'pod', 'the agent said so'],
   ['agent says no', { config: AGENT, agentAnswer: false }, 'none', 'the agent said no'],
+  [
+    'agent, label of the pod',
+    { labels: AMBIENT_LABEL, namespaceLabels: {}, config: AGENT },
+    'pod',
+    'an enablement selector matches its labels',
+  ],
+  [
+    'agent, label of the namespace',
+    { labels: {}, namespaceLabels: AMBIENT_LABEL, config: AGENT },
+    'pod',
+    'an enablement selector matches its labels',
+  ],
+  [
+    'agent, label of the namespace, not of the pod',
+    { labels: NONE_LABEL, namespaceLabels: AMBIENT_LABEL, config: AGENT },
+    'none',
+    'label istio.io/dataplane-mode: none',
+  ],
+  [
+    'agent, the pod says none and may not',
+    { labels: NONE_LABEL, namespaceLabels: AMBIENT_LABEL, config: { ...AGENT, podOverrides: 'none' } },
+    'none',
+    'no enablement selector matches its labels',
+  ],
+  [
+    'agent, no label',
+    { labels: {}, namespaceLabels: {}, config: AGENT },
+    'none',
+    'no enablement selector matches its labels',
+  ],
+  [
+    'agent, namespace not known',
+    { labels: {}, config: AGENT },
+    'undecided',
+    "the labels of the pod's namespace are not known",
+  ],
+  [
+    'agent, selectors of its own',
+    {
+      labels: { tier: 'web' },
+      namespaceLabels: {},
+      config: AGENT,
+      selectors: [{ podSelector: { matchExpressions: [{ key: 'tier', operator: 'Exists' }] } }],
+    },
+    'pod',
+    'an enablement selector matches its labels',
+  ],
+  [
+    'agent, excluded namespace with the label',
+    { pod: 'kube-system/dns', labels: AMBIENT_LABEL, namespaceLabels: AMBIENT_LABEL, config: AGENT },
+    'none',
+    'namespace kube-system is in excludeNamespaces',
+  ],
+  [
+    'labels count for the agent only',
+    { labels: AMBIENT_LABEL, namespaceLabels: AMBIENT_LABEL },
+    'none',
+    'no annotation ambient-redirect/enroll',
+  ],
 
   // podOverrides
   [

@@ -4,6 +4,7 @@
 import { CniError, Code } from '../cni/errors.ts';
 import { ANNOTATION, ANNOTATIONS_CAPABILITY, type Annotations, enrolmentAnnotations } from './annotations.ts';
 import type { RedirectConfig } from './config.ts';
+import { DATAPLANE_MODE, DEFAULT_SELECTORS, type EnablementSelector, isSelected, type Labels } from './selectors.ts';
 
 export interface PodIdentity {
   name: string;
@@ -20,10 +21,16 @@ export interface Candidate {
   annotations: Annotations | null;
   /** the conflist entry declares ANNOTATIONS_CAPABILITY */
   annotationsDeclared: boolean;
-  /** the pod's labels, where they are known: CNI carries none */
-  labels?: ReadonlyMap<string, string>;
   /** what the agent said, where it was asked */
   agentAnswer?: boolean;
+  // What only the API knows; undefined: not known. CNI carries none of it.
+  labels?: Labels | undefined;
+  namespaceLabels?: Labels | undefined;
+  serviceAccount?: string | undefined;
+  owners?: readonly { kind: string; name: string }[] | undefined;
+  hostNetwork?: boolean | undefined;
+  /** "Pending", "Running", "Succeeded", "Failed", "Unknown" */
+  phase?: string | undefined;
 }
 
 export interface Enrolment {
@@ -32,8 +39,6 @@ export interface Enrolment {
   /** a phrase for `pods`, logs and error details */
   reason: string;
 }
-
-const DATAPLANE_MODE_LABEL = 'istio.io/dataplane-mode';
 
 /** Pods of the node agent's DaemonSet, where it does not use the node's network. */
 const AGENT_NAME = 'ambient-redirect-*';
@@ -49,7 +54,10 @@ export function podIdentity(args: ReadonlyMap<string, string>): PodIdentity | nu
   return { name, namespace, uid: args.get('K8S_POD_UID') ?? '' };
 }
 
-type DecisionConfig = Pick<RedirectConfig, 'enrollment' | 'proxy' | 'podOverrides' | 'excludeNamespaces'>;
+export type DecisionConfig = Pick<RedirectConfig, 'enrollment' | 'proxy' | 'podOverrides' | 'excludeNamespaces'> & {
+  /** of the agent; default Istio's */
+  enablementSelectors?: readonly EnablementSelector[] | undefined;
+};
 
 /**
  * Throws CniError 7 where an annotation that counts does not parse, and where `enrollment: annotation` could never see
@@ -63,19 +71,29 @@ export function decideEnrolment(config: DecisionConfig, candidate: Candidate): E
       : { role: 'none', reason: `not a Kubernetes pod, and enrollment is "${config.enrollment}"` };
   }
 
-  if (isProxy(config, pod)) {
+  // Nothing may keep the agent's own pod from starting.
+  if (isAgent(config, pod)) return { role: 'none', reason: 'is the node agent' };
+  if (candidate.hostNetwork === true) return { role: 'none', reason: "uses the host's network" };
+  const { phase } = candidate;
+  if (phase === 'Succeeded' || phase === 'Failed') return { role: 'none', reason: `has ended: ${phase}` };
+  const impostor = proxyFlaw(config, candidate, pod);
+  if (impostor === '') {
     return ifname === DEFAULT_INTERFACE
       ? { role: 'proxy', reason: 'matches proxy.match' }
       : { role: 'none', reason: `matches proxy.match, but ${ifname} is not its default network` };
   }
-  if (isAgent(config, pod)) return { role: 'none', reason: 'is the node agent' };
   if (config.excludeNamespaces.includes(pod.namespace)) {
-    return { role: 'none', reason: `namespace ${pod.namespace} is in excludeNamespaces` };
+    const also = impostor === undefined ? '' : `; ${impostor}`;
+    return { role: 'none', reason: `namespace ${pod.namespace} is in excludeNamespaces${also}` };
   }
 
   const podDecides = config.podOverrides === 'all' || config.podOverrides === 'enroll';
-  if (podDecides && candidate.labels?.get(DATAPLANE_MODE_LABEL) === 'none') {
-    return { role: 'none', reason: `label ${DATAPLANE_MODE_LABEL}: none` };
+  // Whoever can annotate a pod could leave the mesh by it.
+  if (podDecides && candidate.annotations?.has(ANNOTATION.sidecar) === true) {
+    return { role: 'none', reason: 'has a sidecar' };
+  }
+  if (podDecides && candidate.labels?.get(DATAPLANE_MODE) === 'none') {
+    return { role: 'none', reason: `label ${DATAPLANE_MODE}: none` };
   }
   if (config.enrollment === 'annotation' && !candidate.annotationsDeclared) {
     throw new CniError(
@@ -108,16 +126,46 @@ export function decideEnrolment(config: DecisionConfig, candidate: Candidate): E
           : `enrollment is "annotation", but podOverrides "${config.podOverrides}" lets it not count`,
       };
     case 'agent':
-      if (candidate.agentAnswer === undefined) return { role: 'undecided', reason: 'enrollment is "agent"' };
-      return candidate.agentAnswer
-        ? { role: 'pod', reason: 'the agent said so' }
-        : { role: 'none', reason: 'the agent said no' };
+      return byAgent(config, candidate);
   }
 }
 
-function isProxy(config: DecisionConfig, pod: PodIdentity): boolean {
+/** The plugin asks the agent, and the agent looks at labels. */
+function byAgent({ enablementSelectors }: DecisionConfig, candidate: Candidate): Enrolment {
+  const { agentAnswer, labels, namespaceLabels } = candidate;
+  if (agentAnswer !== undefined) {
+    return agentAnswer ? { role: 'pod', reason: 'the agent said so' } : { role: 'none', reason: 'the agent said no' };
+  }
+  if (labels === undefined) return { role: 'undecided', reason: 'enrollment is "agent"' };
+  switch (isSelected(enablementSelectors ?? DEFAULT_SELECTORS, labels, namespaceLabels)) {
+    case true:
+      return { role: 'pod', reason: 'an enablement selector matches its labels' };
+    case false:
+      return { role: 'none', reason: 'no enablement selector matches its labels' };
+    case undefined:
+      return { role: 'undecided', reason: "the labels of the pod's namespace are not known" };
+  }
+}
+
+/**
+ * '': it is the proxy, as far as is known. undefined: nothing says so. Else why it is not, though it is called like it:
+ * whoever may create pods in that namespace under another service account is not whom the platform trusts with all
+ * traffic of the node.
+ */
+function proxyFlaw(config: DecisionConfig, candidate: Candidate, pod: PodIdentity): string | undefined {
   const { match } = config.proxy;
-  return pod.namespace === match.namespace && matchesPattern(pod.name, match.name);
+  if (pod.namespace !== match.namespace || !matchesPattern(pod.name, match.name)) return undefined;
+  const { serviceAccount, owners } = candidate;
+  if (serviceAccount !== undefined && !matchesPattern(serviceAccount, match.serviceAccount)) {
+    return `it is called like the proxy, but its service account is ${serviceAccount}, not ${match.serviceAccount}`;
+  }
+  if (
+    owners !== undefined &&
+    !owners.some(({ kind, name }) => kind === 'DaemonSet' && pod.name.startsWith(`${name}-`))
+  ) {
+    return 'it is called like the proxy, but is no pod of a DaemonSet';
+  }
+  return '';
 }
 
 /** Anyone can give a pod this name; only in namespaces that the platform owns does it count. */

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+// What is compared with what, and by which numbers.
+
+import type { Run } from './run.ts';
+import { pairedRatio, type Ratio, type Summary, summary } from './statistics.ts';
+
+export interface Measure {
+  title: string;
+  /** Cells whose pairs are taken together. */
+  cells: RegExp;
+  metric: string;
+  better: 'higher' | 'lower';
+}
+
+/** Everything of it on one proxy; the second one has its own lines. */
+export const MEASURES: readonly Measure[] = [
+  { title: 'requests/s, fortio -qps 0', cells: /^fortio-max-\d+-v4$/, metric: 'qps', better: 'higher' },
+  { title: 'p50, fortio -qps 0', cells: /^fortio-max-\d+-v4$/, metric: 'p50', better: 'lower' },
+  { title: 'p99, fortio -qps 0', cells: /^fortio-max-\d+-v4$/, metric: 'p99', better: 'lower' },
+  { title: 'p50, fortio -qps 8000', cells: /^fortio-8000-\d+-v4$/, metric: 'p50', better: 'lower' },
+  { title: 'p99, fortio -qps 8000', cells: /^fortio-8000-\d+-v4$/, metric: 'p99', better: 'lower' },
+  { title: 'CPU per request, fortio -qps 8000', cells: /^fortio-8000-\d+-v4$/, metric: 'cpu', better: 'lower' },
+  { title: 'requests/s, wrk', cells: /^wrk-\d+-v[46]$/, metric: 'qps', better: 'higher' },
+  { title: 'CPU per request, wrk', cells: /^wrk-\d+-v[46]$/, metric: 'cpu', better: 'lower' },
+  { title: 'p50 of one byte there and back', cells: /^rr-1-v[46]$/, metric: 'p50', better: 'lower' },
+  { title: 'CPU per byte there and back', cells: /^rr-1-v[46]$/, metric: 'cpu', better: 'lower' },
+  { title: 'new connections/s', cells: /^crr-\d+-v[46]$/, metric: 'qps', better: 'higher' },
+  { title: 'CPU per new connection', cells: /^crr-\d+-v[46]$/, metric: 'cpu', better: 'lower' },
+  { title: 'throughput', cells: /^iperf-\d+(-reverse)?-v[46]$/, metric: 'gbps', better: 'higher' },
+  { title: 'CPU per gigabit', cells: /^iperf-\d+(-reverse)?-v[46]$/, metric: 'cpu', better: 'lower' },
+  { title: 'transactions/s, many open connections', cells: /^hold-/, metric: 'qps', better: 'higher' },
+  { title: 'requests/s, wrk, HAProxy', cells: /^wrk-\d+-v[46]\+haproxy$/, metric: 'qps', better: 'higher' },
+  { title: 'throughput, HAProxy', cells: /^iperf-.*\+haproxy$/, metric: 'gbps', better: 'higher' },
+];
+
+/** [subject, baseline]: names of modes. */
+export const COMPARISONS: readonly (readonly [string, string])[] = [
+  ['tcx', 'iptables'],
+  ['tcx', 'iptables-vxlan'],
+  ['tcx', 'iptables-vxlan-all'],
+  ['tcx', 'fixed'],
+  ['clsact', 'iptables'],
+  ['clsact', 'tcx'],
+  ['in-pod', 'iptables-in-pod'],
+  ['in-pod', 'fixed-in-pod'],
+  ['iptables-vxlan', 'iptables'],
+];
+
+/** Pairs of values of the same cell, round and repeat, both valid. */
+export function pairsOf(
+  runs: readonly Run[],
+  { cells, metric }: Pick<Measure, 'cells' | 'metric'>,
+  subject: string,
+  baseline: string,
+): [number, number][] {
+  const key = ({ cell, round, repeat }: Run) => `${cell} ${round} ${repeat}`;
+  const good = runs.filter((run) => run.invalid === undefined && cells.test(run.cell));
+  const base = new Map(good.filter((run) => run.mode === baseline).map((run) => [key(run), run.metrics[metric]]));
+  return good.flatMap((run) => {
+    const [a, b] = [run.metrics[metric], base.get(key(run))];
+    return run.mode === subject && a !== undefined && b !== undefined ? [[a, b] as [number, number]] : [];
+  });
+}
+
+export interface Comparison {
+  subject: string;
+  baseline: string;
+  measure: Measure;
+  ratio: Ratio;
+  /** In words, from the subject's point of view. */
+  verdict: 'better' | 'worse' | 'no difference shown' | 'too few pairs';
+}
+
+export function compare(runs: readonly Run[]): Comparison[] {
+  return COMPARISONS.flatMap(([subject, baseline]) =>
+    MEASURES.flatMap((measure) => {
+      const pairs = pairsOf(runs, measure, subject, baseline);
+      if (pairs.length === 0) return [];
+      const ratio = pairedRatio(pairs);
+      const verdict =
+        ratio.verdict === 'higher' || ratio.verdict === 'lower'
+          ? ratio.verdict === measure.better
+            ? 'better'
+            : 'worse'
+          : ratio.verdict;
+      return [{ subject, baseline, measure, ratio, verdict }];
+    }),
+  );
+}
+
+/** By metric. */
+export type ModeSummary = { mode: string; valid: number; invalid: number; metrics: Record<string, Summary> };
+
+/** A row for each mode that the cell was measured in, in the order of `modes`. */
+export function summarize(runs: readonly Run[], cell: string, modes: readonly string[]): ModeSummary[] {
+  return modes.flatMap((mode) => {
+    const all = runs.filter((run) => run.cell === cell && run.mode === mode);
+    if (all.length === 0) return [];
+    const valid = all.filter((run) => run.invalid === undefined);
+    const names = [...new Set(valid.flatMap((run) => Object.keys(run.metrics)))];
+    const metrics = Object.fromEntries(
+      names.map((name) => [name, summary(valid.map((run) => run.metrics[name] ?? Number.NaN).filter(Number.isFinite))]),
+    );
+    return [{ mode, valid: valid.length, invalid: all.length - valid.length, metrics }];
+  });
+}

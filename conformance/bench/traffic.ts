@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// One bench from plan to tables: a directory below results/ holds the plan, a line for each run, and in the end the result.
+
+import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { type Machine, machine } from './machine.ts';
+import { cells, PROFILES, type ProfileName, steps } from './plan.ts';
+import { svg } from './plots.ts';
+import { FORTIO_VERSION, fortio, peer } from './programs.ts';
+import { Progress } from './progress.ts';
+import { plots, type Result, report } from './report.ts';
+import { readRuns, runSteps } from './run.ts';
+
+export const RESULTS = join(import.meta.dirname, '../../results');
+
+export interface BenchOptions {
+  profile: ProfileName;
+  /** Names of cells that match are measured, the rest is left out. */
+  only?: string;
+  /** Go on with the newest one of this profile that did not come to its end. */
+  resume: boolean;
+}
+
+interface Plan {
+  profile: ProfileName;
+  only?: string;
+  seed: number;
+  begun: string;
+  machine: Machine;
+}
+
+const planFile = (directory: string) => join(directory, 'plan.json');
+const resultFile = (directory: string) => join(directory, 'result.json');
+
+function unfinished(profile: ProfileName): string | undefined {
+  if (!existsSync(RESULTS)) return undefined;
+  return readdirSync(RESULTS)
+    .filter((name) => name.endsWith(`-${profile}`))
+    .sort()
+    .map((name) => join(RESULTS, name))
+    .filter((directory) => existsSync(planFile(directory)) && !existsSync(resultFile(directory)))
+    .at(-1);
+}
+
+export interface Finished {
+  directory: string;
+  result: Result;
+}
+
+export async function benchTraffic(options: BenchOptions): Promise<Finished> {
+  const programs = { peer: await peer(), fortio: await fortio() };
+  let directory = options.resume ? unfinished(options.profile) : undefined;
+  let plan: Plan;
+  if (directory === undefined) {
+    if (options.resume) process.stderr.write(`nothing to resume in ${RESULTS}: begun anew\n`);
+    const begun = new Date().toISOString();
+    directory = join(RESULTS, `${begun.replaceAll(/[-:]|\.\d+/g, '')}-${options.profile}`);
+    plan = {
+      profile: options.profile,
+      ...(options.only !== undefined && { only: options.only }),
+      seed: Math.floor(Math.random() * 2 ** 31),
+      begun,
+      machine: machine({
+        fortio: programs.fortio === undefined ? 'absent (no Go)' : FORTIO_VERSION,
+        node: process.version,
+      }),
+    };
+    mkdirSync(directory, { recursive: true });
+    writeFileSync(planFile(directory), JSON.stringify(plan));
+  } else {
+    plan = JSON.parse(readFileSync(planFile(directory), 'utf8')) as Plan;
+  }
+  const profile = PROFILES[plan.profile];
+  const all = cells(profile, programs, plan.only === undefined ? undefined : new RegExp(plan.only));
+  const order = steps(profile, all, plan.seed);
+  const progress = new Progress(order.map(({ cell }) => cell.load.seconds));
+  process.stderr.write(`${order.length} runs, results in ${directory}\n`);
+  try {
+    await runSteps(order, programs, directory, progress);
+  } finally {
+    progress.close();
+  }
+  const runs = readRuns(directory);
+  const result: Result = {
+    profile: plan.profile,
+    ...(plan.only !== undefined && { only: plan.only }),
+    seed: plan.seed,
+    begun: plan.begun,
+    took: (Date.now() - Date.parse(plan.begun)) / 1000,
+    machine: plan.machine,
+    cells: all.map(({ name, load }) => ({ name, title: load.title })),
+    runs,
+  };
+  writeFileSync(resultFile(directory), JSON.stringify(result, null, 1));
+  writeFileSync(join(directory, 'tables.md'), report(result));
+  for (const plot of plots(result)) writeFileSync(join(directory, `${plot.name}.svg`), await svg(plot));
+  return { directory, result };
+}

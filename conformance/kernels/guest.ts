@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What has to hold on every kernel, run inside a machine that has it: the executable's own checks, an attachment's life,
+// and the ways through the node. $AMBIENT_REDIRECT_SITES says which of those: "VARIANT PRIMARY HOOK,...".
+
+import { readFileSync } from 'node:fs';
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { executable, type Pod, Topology } from '../e2e/topology.ts';
+import { everyWay, type Site } from '../e2e/ways.ts';
+import { exec, type Outcome } from '../netns.ts';
+
+const sites = (process.env.AMBIENT_REDIRECT_SITES ?? '').split(',').map((site) => {
+  const [variant, primary, hook] = site.split(' ');
+  return { variant, primary, hook } as Site;
+});
+const release = readFileSync('/proc/sys/kernel/osrelease', 'utf8').trim();
+
+/** Is this kernel of version `since` ("5.10") or later? */
+function isAtLeast(since: string): boolean {
+  const [major = 0, minor = 0] = release.split('.').map(Number);
+  const [wantedMajor = 0, wantedMinor = 0] = since.split('.').map(Number);
+  return major > wantedMajor || (major === wantedMajor && minor >= wantedMinor);
+}
+
+describe('doctor', () => {
+  test('finds the features that this version has, and no other', async () => {
+    const { stdout } = await exec([executable, 'doctor']);
+    expect(stdout).toContain(release);
+    const rows = [...stdout.matchAll(/^(\w+) +(\d+\.\d+) +(yes|no) /gm)];
+    expect(rows.length).toBeGreaterThan(6);
+    expect(rows.map(([, feature, since, here]) => `${feature} ${since} ${here}`)).toEqual(
+      rows.map(([, feature, since = '']) => `${feature} ${since} ${isAtLeast(since) ? 'yes' : 'no'}`),
+    );
+  });
+});
+
+describe('demo', () => {
+  test('every row is right', async () => {
+    const { status, stdout } = await exec([executable, 'demo'], { timeout: 60_000 });
+    expect(stdout).toMatch(/\n18 of 18 rows right\.\n$/);
+    expect(status).toBe(0);
+  });
+});
+
+describe.each([...new Set(sites.map(({ hook }) => hook))])('ADD, CHECK, DEL: %s', (hook) => {
+  let topology: Topology;
+  let pod: Pod;
+  beforeAll(async () => {
+    topology = new Topology({ primary: 'ptp', hook, rpFilter: 1 });
+    pod = topology.pod('client', { enroll: true });
+    await topology.addPrimary(pod);
+  });
+  afterAll(() => topology?.close());
+
+  const verb = (command: string): Promise<Outcome> =>
+    topology.node.exec([executable], {
+      env: topology.environment(command, pod),
+      input: JSON.stringify(topology.entry(pod)),
+    });
+  const attached = () => topology.node.run(['bpftool', 'net', 'show']).match(/pod_(?:egress|ingress)/g) ?? [];
+
+  test('ADD attaches both programs and hands prevResult on', async () => {
+    const { status, stdout } = await verb('ADD');
+    expect({ status, stdout: JSON.parse(stdout) }).toMatchObject({ status: 0, stdout: { ips: pod.prevResult?.ips } });
+    // What bpftool on this machine knows of: clsact everywhere, TCX not.
+    if (hook === 'clsact') expect(attached().sort()).toEqual(['pod_egress', 'pod_ingress']);
+  });
+  test('CHECK finds them, and misses one that is taken away', async () => {
+    expect(await verb('CHECK')).toMatchObject({ status: 0, stdout: '' });
+    if (hook !== 'clsact') return;
+    topology.node.run(['tc', 'filter', 'delete', 'dev', pod.hostIfname, 'egress']);
+    const { status, stdout } = await verb('CHECK');
+    expect({ status, code: JSON.parse(stdout).code }).toEqual({ status: 1, code: 105 });
+  });
+  test('DEL takes away what is left, and may be repeated', async () => {
+    expect(await verb('DEL')).toMatchObject({ status: 0, stdout: '' });
+    expect(attached()).toEqual([]);
+    expect(await verb('DEL')).toMatchObject({ status: 0, stdout: '' });
+    await topology.deletePrimary(pod);
+  });
+});
+
+for (const site of sites) everyWay(site);

@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A node whose pods are in a real API server: the kubelet's part is played here. A pod is made through the API, its
+// sandbox by the chain of plugins, and its status is reported. The agent runs in the node's network namespace and
+// reaches the API server through a Front there.
+
+import { randomUUID } from 'node:crypto';
+import { mkdirSync, writeFileSync } from 'node:fs';
+import { request } from 'node:http';
+import { join } from 'node:path';
+import {
+  executable,
+  type Pod,
+  type PodOptions,
+  requireExecutable,
+  Topology,
+  type TopologyOptions,
+} from '../e2e/topology.ts';
+import { type Running, until } from '../netns.ts';
+import type { ControlPlane, PodSpec } from './control-plane.ts';
+import { Front } from './front.ts';
+
+export const REDIRECTION = 'ambient.istio.io/redirection';
+export const NODE = 'node-1';
+
+export interface SitePod {
+  uid: string;
+  namespace: string;
+  name: string;
+  sandbox: Pod;
+}
+
+export interface AgentOptions {
+  /** Keys for our conflist entry, over the site's. */
+  entry?: Record<string, unknown>;
+  reconcileSeconds?: number;
+  /** Instead of the executable: a command line that takes the agent's arguments. */
+  overlay?: string[];
+}
+
+export class Site {
+  readonly plane: ControlPlane;
+  readonly front: Front;
+  readonly topology: Topology;
+  readonly nodeName: string;
+  tokenFile: string;
+  agent: Running | undefined;
+  #agents = 0;
+
+  private constructor(plane: ControlPlane, front: Front, topology: Topology, nodeName: string) {
+    this.plane = plane;
+    this.front = front;
+    this.topology = topology;
+    this.nodeName = nodeName;
+    this.tokenFile = plane.adminTokenFile;
+  }
+
+  static async start(
+    plane: ControlPlane,
+    nodeName: string,
+    options: Partial<TopologyOptions> & { entry?: Record<string, unknown> } = {},
+  ): Promise<Site> {
+    requireExecutable();
+    const topology = new Topology({ primary: 'ptp', hook: 'tcx', rpFilter: 1, ...options });
+    try {
+      return new Site(plane, await Front.start(topology.testbed, plane, topology.node), topology, nodeName);
+    } catch (error) {
+      topology.close();
+      throw error;
+    }
+  }
+
+  startAgent({ entry = {}, reconcileSeconds = 30, overlay }: AgentOptions = {}): Running {
+    const { topology, front, plane } = this;
+    const directory = join(topology.runDir, '..', `agent-${++this.#agents}`);
+    mkdirSync(directory);
+    const conf = join(directory, '10-pods.conflist');
+    const ours = {
+      type: 'ambient-redirect',
+      enrollment: 'agent',
+      hook: topology.options.hook,
+      stateDir: topology.stateDir,
+      runDir: topology.runDir,
+      ...topology.options.entry,
+      ...entry,
+    };
+    writeFileSync(conf, JSON.stringify({ cniVersion: '1.0.0', name: 'pods', plugins: [ours] }));
+    const argv = [
+      ...(overlay ?? [executable]),
+      'agent',
+      ...['--state-dir', topology.stateDir, '--run-dir', topology.runDir, '--conf', conf],
+      ...['--zds-socket', join(directory, 'zds.sock'), '--address', '127.0.0.1'],
+      ...['--node-name', this.nodeName, '--reconcile-seconds', String(reconcileSeconds)],
+      ...['--kube-api', front.url, '--kube-ca-file', plane.caFile, '--kube-token-file', this.tokenFile],
+    ];
+    this.agent = topology.testbed.start(topology.node.argv(argv));
+    return this.agent;
+  }
+
+  /** The pod in the API, and its sandbox; its status is reported when it has an address. */
+  async createPod(
+    spec: Omit<PodSpec, 'node'>,
+    options: PodOptions & { staticUid?: string; plugin?: boolean } = {},
+  ): Promise<SitePod> {
+    const { plane, topology, nodeName } = this;
+    const uid = await plane.createPod({ ...spec, node: nodeName });
+    const { staticUid, plugin = true, ...more } = options;
+    const sandbox = topology.pod(spec.name, { namespace: spec.namespace, uid: staticUid ?? uid, ...more });
+    await topology.addPrimary(sandbox);
+    if (plugin) await topology.addOurs(sandbox);
+    await plane.setPodStatus(spec.namespace, spec.name, 'Running', [sandbox.addresses[4], sandbox.addresses[6]]);
+    return { uid, namespace: spec.namespace, name: spec.name, sandbox };
+  }
+
+  /** A ztunnel's pod, which becomes the node's proxy. */
+  proxy(name: string, options: PodOptions = {}): Promise<SitePod> {
+    const owner = { apiVersion: 'apps/v1', kind: 'DaemonSet', name: 'ztunnel', uid: randomUUID(), controller: true };
+    return this.createPod(
+      { namespace: 'istio-system', name, serviceAccount: 'ztunnel', ownerReferences: [owner] },
+      options,
+    );
+  }
+
+  /** Lines of the agent's log, parsed. */
+  log(): Record<string, unknown>[] {
+    const lines = (this.agent?.output ?? '').split('\n').filter((line) => line.startsWith('{'));
+    return lines.flatMap((line) => {
+      try {
+        return [JSON.parse(line) as Record<string, unknown>];
+      } catch {
+        return [];
+      }
+    });
+  }
+
+  /** A page of the agent's: "15014/metrics", "8000/readyz". */
+  async page(path: string): Promise<{ status: number; body: string }> {
+    const script = `import sys, urllib.request, urllib.error
+try: answer = urllib.request.urlopen(sys.argv[1], timeout=5)
+except urllib.error.HTTPError as error: answer = error
+print(answer.status); print(answer.read().decode())`;
+    const outcome = await this.topology.node.exec(['python3', '-c', script, `http://127.0.0.1:${path}`]);
+    if (outcome.status !== 0) throw new Error(`${path}: ${outcome.stderr.trim().split('\n').at(-1)}`);
+    const [status = '', ...body] = outcome.stdout.split('\n');
+    return { status: Number(status), body: body.join('\n') };
+  }
+
+  /** What the plugin asks at ADD: is this pod in the mesh? */
+  async ask(namespace: string, name: string, uid = ''): Promise<{ status: number; body: Record<string, unknown> }> {
+    const body = JSON.stringify({ pod: { namespace, name, uid } });
+    const answer = await new Promise<{ status: number; text: string }>((resolve, reject) => {
+      const socketPath = join(this.topology.runDir, 'agent.sock');
+      const sent = request({ socketPath, method: 'POST', path: '/v1/decide' }, (got) => {
+        let text = '';
+        got.setEncoding('utf8').on('data', (more) => {
+          text += more;
+        });
+        got.once('end', () => resolve({ status: got.statusCode ?? 0, text }));
+      });
+      sent.once('error', reject).end(body);
+    });
+    return { status: answer.status, body: JSON.parse(answer.text) as Record<string, unknown> };
+  }
+
+  /** Value of a metric with exactly these labels; 0 if it is not there. */
+  async metric(name: string, labels: Record<string, string> = {}): Promise<number> {
+    const { body } = await this.page('15014/metrics');
+    const text = Object.entries(labels)
+      .map(([key, value]) => `${key}="${value}"`)
+      .join(',');
+    const line = body.split('\n').find((one) => one.startsWith(text === '' ? `${name} ` : `${name}{${text}} `));
+    return Number(line?.split(' ').at(-1) ?? 0);
+  }
+
+  async untilReady(limit = 20_000): Promise<void> {
+    await until(
+      'the agent is ready',
+      () =>
+        this.page('8000/readyz').then(
+          ({ status }) => status === 200,
+          () => false,
+        ),
+      limit,
+    ).catch(async (error: Error) => {
+      const page = await this.page('8000/readyz').catch(({ message }: Error) => ({ body: message }));
+      throw new Error(`${error.message}: ${page.body}; the agent said:\n${this.agent?.output.slice(-4_000)}`);
+    });
+  }
+
+  /** What the API says about the pod's redirection. */
+  redirection(pod: SitePod): Promise<string | undefined> {
+    return this.plane.annotation(pod.namespace, pod.name, REDIRECTION);
+  }
+
+  async untilRedirection(pod: SitePod, wanted: string | undefined, limit = 10_000): Promise<void> {
+    await until(
+      `${pod.namespace}/${pod.name} is annotated ${wanted}`,
+      async () => (await this.redirection(pod)) === wanted,
+      limit,
+    ).catch((error: Error) => {
+      throw new Error(`${error.message}; the agent said:\n${this.agent?.output.slice(-4_000)}`);
+    });
+  }
+
+  /** Pod path in the API. */
+  path(pod: SitePod): string {
+    return `/api/v1/namespaces/${pod.namespace}/pods/${pod.name}`;
+  }
+
+  close(): void {
+    this.topology.close();
+  }
+}

@@ -1,0 +1,526 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pods into the mesh and out of it while they run. For each pod, in order: attach, verify, record, the proxy's
+// acknowledgement, and only then the annotation by which the mesh sends HBONE to it. Leaving is the other way round: the
+// annotation goes first, connections that the proxy has stay until they close, then the programs go.
+//
+// Everything follows from two copies of the API (this node's pods, all namespaces) and the records of the plugin. While
+// the API is away the copies stay, so nothing is detached; a pod that a list does not name is asked for by itself
+// before it is taken for gone.
+
+import { attachmentKey } from '../../attachments.ts';
+import { withWishes } from '../../commands/target.ts';
+import { attach, describePod, detachRecord, isDead, type Target, verify } from '../../datapath.ts';
+import { beginDrain, endDrain, isDraining, proxiedConnections } from '../../drain.ts';
+import type { AttachmentRecord, Native, State } from '../../native.ts';
+import { trafficAnnotations } from '../../redirect/annotations.ts';
+import type { RedirectConfig } from '../../redirect/config.ts';
+import { type Api, ApiError } from './api.ts';
+import { enrolmentOf } from './enrolment.ts';
+import { Mirror } from './mirror.ts';
+import {
+  identitiesOf,
+  isSamePod,
+  type KubernetesNamespace,
+  type KubernetesPod,
+  projectNamespace,
+  projectPod,
+  REDIRECTION,
+} from './pods.ts';
+import { WorkQueue } from './queue.ts';
+import { type Attachment, Records } from './records.ts';
+import { mismatch, type Sandbox, type SandboxSource } from './sandboxes.ts';
+
+export type LogLine = (
+  level: 'debug' | 'info' | 'warn' | 'error',
+  text: string,
+  fields?: Record<string, unknown>,
+) => void;
+
+export interface EnrollerOptions {
+  native: Native;
+  config: RedirectConfig;
+  /** name of the network in the conflist: part of an attachment's key */
+  network: string;
+  state: State;
+  api: Api;
+  nodeName: string;
+  /** asked in this order for the sandbox of a pod without a record */
+  sandboxes: readonly SandboxSource[];
+  log: LogLine;
+  /** Names, counts and mends what of an attachment is not as recorded. */
+  compare: (record: AttachmentRecord) => Promise<void>;
+  /**
+   * Tells the proxy of a pod that is attached, and resolves when the proxy has it; "pending" while it does not. Not
+   * there in the shared contract, where the maps say all.
+   */
+  announce?: (record: AttachmentRecord, pod: KubernetesPod) => Promise<'acknowledged' | 'pending'>;
+  /** The programs of a pod are gone: the proxy is to forget it. */
+  onDetached?: (record: AttachmentRecord) => void;
+  /** seconds from the change to its being done, for each piece of work */
+  onReconciled?: (seconds: number) => void;
+}
+
+export type Answer = { enrolled: boolean; reason: string; serviceAccount: string };
+
+const INTERFACE = 'eth0';
+const PARALLEL = 16;
+/** How soon a pod that drains is looked at again. */
+const DRAIN_CHECK_MS = 1_000;
+/** A record says "attaching" for as long as an ADD runs; a longer one was killed. */
+const ADD_SECONDS = 30;
+/** Failures of a pod before it gets an Event: shorter troubles are nobody's business. */
+const TRIES_BEFORE_EVENT = 4;
+const EVENT_INTERVAL_MS = 300_000;
+const EVENT_RETRY_MS = 15_000;
+/** metadata.uid is a UUID; this is what kubelet makes for a pod from a file. */
+const STATIC_UID = /^[0-9a-f]{32}$/;
+
+/** Not a failure: what is waited for brings a change that comes here again. */
+class NotYet extends Error {}
+
+export class Enroller {
+  readonly pods: Mirror<KubernetesPod>;
+  readonly namespaces: Mirror<KubernetesNamespace>;
+  readonly queue: WorkQueue;
+  /** of "attached", "drained", "detached", "annotated", "failed" */
+  readonly counts = new Map<string, number>();
+  readonly #options: EnrollerOptions;
+  readonly #records: Records;
+  /** by UID; those of the API's copy */
+  readonly #byUid = new Map<string, KubernetesPod>();
+  /** by UID; deleted in the API, and not done with here */
+  readonly #gone = new Map<string, KubernetesPod>();
+  readonly #runs: Promise<void>[] = [];
+  readonly #timers = new Set<NodeJS.Timeout>();
+  readonly #waiting = new Set<() => void>();
+  readonly #lastEvent = new Map<string, { text: string; at: number }>();
+  #stopped = false;
+
+  constructor(options: EnrollerOptions) {
+    this.#options = options;
+    const { native, state, api, nodeName, log } = options;
+    this.#records = new Records(native, state);
+    this.pods = new Mirror({
+      api,
+      path: '/api/v1/pods',
+      query: { fieldSelector: `spec.nodeName=${nodeName}` },
+      project: projectPod,
+      onChange: (before, after) => this.#podChanged(before, after),
+      onSynced: () => this.#compare(),
+      onTrouble: (error) => this.#trouble('pods', error),
+    });
+    this.namespaces = new Mirror({
+      api,
+      path: '/api/v1/namespaces',
+      project: projectNamespace,
+      onChange: (before, after) => this.#namespaceChanged(before, after),
+      onSynced: () => this.#compare(),
+      onTrouble: (error) => this.#trouble('namespaces', error),
+    });
+    this.queue = new WorkQueue({
+      parallel: PARALLEL,
+      retry: [5, 15_000],
+      work: (uid) => this.#reconcile(uid),
+      onDone: (uid, seconds) => {
+        this.#lastEvent.delete(uid);
+        this.#options.onReconciled?.(seconds);
+      },
+      onFailure: (uid, error, tries) => this.#failed(uid, error, tries),
+    });
+    log('info', `watching the pods of node ${nodeName}`);
+  }
+
+  start(): void {
+    this.#runs.push(this.pods.run(), this.namespaces.run());
+  }
+
+  /** The programs stay. */
+  async stop(): Promise<void> {
+    this.#stopped = true;
+    this.pods.stop();
+    this.namespaces.stop();
+    for (const timer of this.#timers) clearTimeout(timer);
+    for (const wake of this.#waiting) wake();
+    await Promise.all([...this.#runs, this.queue.stop()]);
+  }
+
+  #settled = false;
+
+  /** Why the agent is not ready, as far as the API and the pods are concerned; [] if it is. */
+  notReady(): string[] {
+    const reasons: string[] = [];
+    if (!this.#settled) {
+      const { depth, failing } = this.queue;
+      if (this.pods.synced && this.namespaces.synced && depth <= failing) this.#settled = true;
+      else if (depth > failing) reasons.push(`${depth - failing} pods have not been looked at yet`);
+    }
+    for (const [what, mirror] of [
+      ['pods', this.pods],
+      ['namespaces', this.namespaces],
+    ] as const) {
+      if (!mirror.synced) reasons.push(`no list of ${what} yet${mirror.trouble ? `: ${mirror.trouble.message}` : ''}`);
+    }
+    return reasons;
+  }
+
+  pod(uid: string): KubernetesPod | undefined {
+    return this.#byUid.get(uid);
+  }
+
+  /** Looks at a pod again: its record, its namespace or the proxy have changed. */
+  look(uid: string): void {
+    if (this.#byUid.has(uid) || this.#gone.has(uid)) this.queue.add(uid);
+    else for (const [known, pod] of this.#byUid) if (identitiesOf(pod).includes(uid)) this.queue.add(known);
+  }
+
+  lookAtAll(): void {
+    for (const uid of this.#byUid.keys()) this.queue.add(uid);
+  }
+
+  /**
+   * What ADD asks with `enrollment: agent`. From the copy; a pod that it does not have yet is waited for, then asked for
+   * by itself. Throws if nobody can tell.
+   */
+  async answer(
+    asked: { namespace: string; name: string; uid: string; ifname: string },
+    waitMs = 1_000,
+  ): Promise<Answer> {
+    const { config, api } = this.#options;
+    const find = () => {
+      const pod = this.pods.get(`${asked.namespace}/${asked.name}`);
+      return pod !== undefined && (asked.uid === '' || identitiesOf(pod).includes(asked.uid)) ? pod : undefined;
+    };
+    const deadline = performance.now() + waitMs;
+    let pod = find();
+    while (pod === undefined && performance.now() < deadline && !this.#stopped) {
+      await this.#change(deadline - performance.now());
+      pod = find();
+    }
+    if (pod === undefined) {
+      const object = await api.get(`/api/v1/namespaces/${asked.namespace}/pods/${asked.name}`);
+      const found = object === null ? undefined : projectPod(object);
+      if (found === undefined || (asked.uid !== '' && !identitiesOf(found).includes(asked.uid))) {
+        return {
+          enrolled: false,
+          reason: STATIC_UID.test(asked.uid)
+            ? 'a static pod that the API does not have yet'
+            : `the API has no pod ${asked.namespace}/${asked.name} with UID ${asked.uid}`,
+          serviceAccount: '',
+        };
+      }
+      pod = found;
+    }
+    let namespace = this.namespaces.get(pod.namespace);
+    if (namespace === undefined) {
+      const object = await api.get(`/api/v1/namespaces/${pod.namespace}`);
+      if (object !== null) namespace = projectNamespace(object);
+    }
+    const { role, reason } = enrolmentOf(config, pod, namespace, asked.ifname);
+    return { enrolled: role === 'pod', reason, serviceAccount: pod.serviceAccount };
+  }
+
+  // ---- changes ---------------------------------------------------------------------------------------------------
+
+  #podChanged(before: KubernetesPod | null, after: KubernetesPod | null): void {
+    if (after === null) {
+      if (before === null) return;
+      this.#byUid.delete(before.uid);
+      this.#gone.set(before.uid, before);
+      this.queue.add(before.uid);
+      return;
+    }
+    this.#byUid.set(after.uid, after);
+    for (const wake of this.#waiting) wake();
+    if (before === null || !isSamePod(before, after)) this.queue.add(after.uid);
+  }
+
+  #namespaceChanged(before: KubernetesNamespace | null, after: KubernetesNamespace | null): void {
+    const labels = (namespace: KubernetesNamespace | null) => JSON.stringify([...(namespace?.labels ?? [])].sort());
+    if (labels(before) === labels(after)) return;
+    // A namespace that is gone takes its pods with it; each is told by itself.
+    const name = after?.name;
+    if (name === undefined) return;
+    for (const [uid, pod] of this.#byUid) if (pod.namespace === name) this.queue.add(uid);
+  }
+
+  /** After a list: every pod, and records of pods that it does not name. They went while nobody watched. */
+  #compare(): void {
+    if (!this.pods.synced || !this.namespaces.synced) return;
+    this.lookAtAll();
+    const known = new Set([...this.#byUid.values()].flatMap(identitiesOf));
+    for (const { record } of this.#records.all()) {
+      if (record.podUid === '' || known.has(record.podUid) || this.#gone.has(record.podUid)) continue;
+      this.queue.add(record.podUid);
+    }
+  }
+
+  #trouble(what: string, error: Error): void {
+    const hint =
+      error instanceof ApiError && error.status === 403
+        ? '; the role of the agent is too small: it needs get, list and watch of pods and namespaces'
+        : '';
+    this.#options.log('warn', `${what} cannot be followed: ${error.message}${hint}`, { api: what });
+  }
+
+  /** Until something of the pods changes, at most `ms`. */
+  #change(ms: number): Promise<void> {
+    return new Promise((resolve) => {
+      const wake = () => {
+        clearTimeout(timer);
+        this.#waiting.delete(wake);
+        resolve();
+      };
+      const timer = setTimeout(wake, ms);
+      this.#waiting.add(wake);
+    });
+  }
+
+  // ---- one pod ---------------------------------------------------------------------------------------------------
+
+  async #reconcile(uid: string): Promise<void> {
+    // Nobody can tell yet what its namespace says.
+    if (!this.pods.synced || !this.namespaces.synced) return;
+    // Kernel calls are synchronous: whoever else waits comes first.
+    await new Promise(setImmediate);
+    const pod = this.#byUid.get(uid);
+    if (pod === undefined) {
+      await this.#forget(uid);
+      return;
+    }
+    const namespace = this.namespaces.get(pod.namespace);
+    if (namespace === undefined) throw new NotYet(`namespace ${pod.namespace} is not known yet`);
+    const { config } = this.#options;
+    const attachments = this.#records.of(identitiesOf(pod));
+    const interfaces = attachments.length > 0 ? attachments.map(({ record }) => record.ifname) : [INTERFACE];
+    let enrolled = 0;
+    for (const [i, ifname] of interfaces.entries()) {
+      const { role, reason } = enrolmentOf(config, pod, namespace, ifname);
+      const attachment = attachments[i];
+      if (role === 'none') {
+        if (attachment?.record.role === 'pod') await this.#leave(pod, attachment, reason);
+        continue;
+      }
+      if ((await this.#enter(pod, attachment, ifname, role, reason)) && role === 'pod') enrolled++;
+    }
+    if (enrolled === 0) await this.#annotate(pod, null);
+  }
+
+  /** @returns false if there is nothing to attach to yet */
+  async #enter(
+    pod: KubernetesPod,
+    attachment: Attachment | undefined,
+    ifname: string,
+    role: 'pod' | 'proxy',
+    reason: string,
+  ): Promise<boolean> {
+    const { native, state, config, log, announce, compare } = this.#options;
+    let record = attachment?.record;
+    if (record?.state === 'attaching' && Date.now() / 1000 - record.enrolledAt < ADD_SECONDS) {
+      throw new NotYet('an ADD is at work');
+    }
+    const attached = record?.state === 'attached' && record.role === role && !isDraining(native, record);
+    if (attached && attachment !== undefined && record !== undefined) {
+      const findings = () => verify(native, state, config, attachment.key, attachment.record);
+      if (findings().length > 0) await compare(attachment.record);
+      const [finding] = findings();
+      if (finding !== undefined) {
+        throw new Error(`${finding.object}: expected ${finding.expected}, found ${finding.found}`);
+      }
+    } else {
+      const place = attachment ?? (await this.#find(pod, ifname));
+      if (place === null) return false;
+      const target = this.#target(pod, place, ifname, role);
+      const wishes = trafficAnnotations(pod.annotations, config.podOverrides);
+      try {
+        record = attach(native, withWishes(config, wishes), { ...target, bypassInbound: wishes.bypassInbound });
+      } catch (error) {
+        // What says "enabled" and is not makes every peer of the mesh fail.
+        await this.#annotate(pod, null).catch(() => {});
+        throw error;
+      }
+      this.#records.note(target.key, record);
+      this.#count('attached');
+      log('info', `attached ${describePod(record)}: ${reason}`, { uid: pod.uid, interface: record.hostIfname });
+    }
+    if (role === 'proxy' || record === undefined) return true;
+    const acknowledged = announce === undefined ? 'acknowledged' : await announce(record, pod);
+    await this.#annotate(pod, acknowledged === 'acknowledged' ? 'enabled' : 'pending');
+    return true;
+  }
+
+  /** Where the pod runs, if the plugin has not seen it. null: it has no network yet. */
+  async #find(pod: KubernetesPod, ifname: string): Promise<(Sandbox & { network: string }) | null> {
+    const { native, sandboxes, network } = this.#options;
+    // The plugin will see it, or has been asked already.
+    if (pod.ips.length === 0) return null;
+    const refused: string[] = [];
+    for (const source of sandboxes) {
+      let found: Sandbox[];
+      try {
+        found = await source.sandboxesOf(identitiesOf(pod));
+      } catch (error) {
+        refused.push((error as Error).message);
+        continue;
+      }
+      for (const sandbox of found) {
+        const wrong = mismatch(native, sandbox.netnsPath, pod, ifname);
+        if (wrong === null) return { ...sandbox, network };
+        refused.push(wrong);
+      }
+    }
+    throw new Error(
+      `no network namespace found for ${pod.namespace}/${pod.name} (UID ${pod.uid})${refused.length > 0 ? `: ${refused.join('; ')}` : ''}`,
+    );
+  }
+
+  #target(
+    pod: KubernetesPod,
+    place: Attachment | (Sandbox & { network: string }),
+    ifname: string,
+    role: 'pod' | 'proxy',
+  ): Target {
+    const { native } = this.#options;
+    const known = 'record' in place ? place.record : undefined;
+    const { network, containerId, netnsPath } = known ?? (place as Sandbox & { network: string });
+    return {
+      key: 'record' in place ? place.key : attachmentKey(native, network, containerId, ifname),
+      network,
+      containerId,
+      ifname,
+      netnsPath,
+      resultAddresses: known?.addresses ?? [],
+      pod: {
+        name: pod.name,
+        namespace: pod.namespace,
+        uid: known?.podUid ?? pod.uid,
+        serviceAccount: pod.serviceAccount,
+      },
+      role,
+      strict: false,
+      shaped: false,
+      egressLimited: false,
+      bypassInbound: false,
+    };
+  }
+
+  /** The annotation goes first; if it cannot, the pod leaves all the same, and the annotation is tried again. */
+  async #leave(pod: KubernetesPod | null, attachment: Attachment, reason: string): Promise<void> {
+    const { native, state, config, log, onDetached } = this.#options;
+    const { key, record } = attachment;
+    const failure =
+      pod === null
+        ? null
+        : await this.#annotate(pod, null).then(
+            () => null,
+            (error: Error) => error,
+          );
+    if (!isDraining(native, record)) {
+      beginDrain(native, config, state, key, record);
+      this.#count('drained');
+      log('info', `draining ${describePod(record)}: ${reason}`, { uid: record.podUid });
+    }
+    const current = native.getAttachment(state, key);
+    if (current !== null && isDraining(native, current)) {
+      if (proxiedConnections(native, state, current) > 0) {
+        this.#later(pod?.uid ?? record.podUid, DRAIN_CHECK_MS);
+      } else {
+        if (pod === null) detachRecord(native, config, state, key, current);
+        else endDrain(native, config, state, key, current);
+        this.#count('detached');
+        onDetached?.(current);
+        log('info', `detached ${describePod(record)}`, { uid: record.podUid });
+      }
+    }
+    if (failure !== null) throw failure;
+  }
+
+  /** A pod that the API does not have any more, or a record of one that this process has never seen. */
+  async #forget(uid: string): Promise<void> {
+    const { native, state, config, api } = this.#options;
+    const gone = this.#gone.get(uid);
+    const attachments = this.#records.of(gone === undefined ? [uid] : identitiesOf(gone));
+    for (const attachment of attachments) {
+      const { key, record } = attachment;
+      // A pod from a file is there without the API, too: its DEL says when it is not.
+      if (gone === undefined && STATIC_UID.test(uid)) continue;
+      if (isDead(native, record)) {
+        detachRecord(native, config, state, key, record);
+        continue;
+      }
+      const path = `/api/v1/namespaces/${record.podNamespace}/pods/${record.podName}`;
+      const object = await api.get(path);
+      if (object !== null && identitiesOf(projectPod(object)).includes(record.podUid)) continue;
+      if (record.role === 'pod') await this.#leave(null, attachment, 'the pod is gone');
+    }
+    const left = this.#records.of(gone === undefined ? [uid] : identitiesOf(gone));
+    if (!left.some(({ record }) => isDraining(native, record))) this.#gone.delete(uid);
+  }
+
+  #later(uid: string, ms: number): void {
+    const timer = setTimeout(() => {
+      this.#timers.delete(timer);
+      this.queue.add(uid);
+    }, ms);
+    this.#timers.add(timer);
+  }
+
+  /** null takes it away. A pod that is gone, or whose name is another's by now, is no failure. */
+  async #annotate(pod: KubernetesPod, value: 'enabled' | 'pending' | null): Promise<void> {
+    const now = this.#byUid.get(pod.uid) ?? pod;
+    if ((now.annotations.get(REDIRECTION) ?? null) === value) return;
+    const { api } = this.#options;
+    try {
+      await api.mergePatch(`/api/v1/namespaces/${pod.namespace}/pods/${pod.name}/status`, {
+        metadata: { uid: pod.uid, annotations: { [REDIRECTION]: value } },
+      });
+      this.#count('annotated');
+    } catch (error) {
+      if (error instanceof ApiError && (error.status === 404 || error.status === 422)) return;
+      throw error;
+    }
+  }
+
+  // ---- failures --------------------------------------------------------------------------------------------------
+
+  #failed(uid: string, error: Error, tries: number): void {
+    if (error instanceof NotYet) return;
+    this.#count('failed');
+    const pod = this.#byUid.get(uid);
+    const who = pod === undefined ? `pod ${uid}` : `${pod.namespace}/${pod.name}`;
+    // 1, 2, 4, 8, ...: a pod that fails for ever does not fill the log.
+    const level = Number.isInteger(Math.log2(tries)) ? 'warn' : 'debug';
+    this.#options.log(level, `${who}: ${error.message}`, { uid, tries });
+    if (pod !== undefined && tries >= TRIES_BEFORE_EVENT) void this.#event(pod, error.message);
+  }
+
+  /** What "kubectl describe pod" shows. One for each message, again after minutes. */
+  async #event(pod: KubernetesPod, text: string): Promise<void> {
+    const last = this.#lastEvent.get(pod.uid);
+    const at = performance.now();
+    if (last?.text === text && at - last.at < EVENT_INTERVAL_MS) return;
+    this.#lastEvent.set(pod.uid, { text, at });
+    const now = new Date().toISOString();
+    const { api, nodeName, log } = this.#options;
+    try {
+      await api.create(`/api/v1/namespaces/${pod.namespace}/events`, {
+        metadata: { generateName: `${pod.name.slice(0, 200)}.` },
+        involvedObject: { apiVersion: 'v1', kind: 'Pod', namespace: pod.namespace, name: pod.name, uid: pod.uid },
+        type: 'Warning',
+        reason: 'AmbientRedirectionFailed',
+        message: text.slice(0, 1_000),
+        source: { component: 'ambient-redirect', host: nodeName },
+        firstTimestamp: now,
+        lastTimestamp: now,
+        count: 1,
+      });
+    } catch (error) {
+      // Tried again, but not with each try of the pod.
+      this.#lastEvent.set(pod.uid, { text, at: at - EVENT_INTERVAL_MS + EVENT_RETRY_MS });
+      log('warn', `the event for ${pod.namespace}/${pod.name} is lost: ${(error as Error).message}`);
+    }
+  }
+
+  #count(event: string): void {
+    this.counts.set(event, (this.counts.get(event) ?? 0) + 1);
+  }
+}

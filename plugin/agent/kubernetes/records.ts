@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attachments by the pod's UID. The plugin writes them too, from processes of its own, so an entry is only a hint where
+// to look: what is returned was read from the map at that moment.
+
+import { hex } from '../../attachments.ts';
+import type { AttachmentKey, AttachmentRecord, Native, State } from '../../native.ts';
+
+export interface Attachment {
+  key: AttachmentKey;
+  record: AttachmentRecord;
+}
+
+/** Reading all records again and again for pods that have none would cost the square of their number. */
+const REREAD_MS = 100;
+
+export class Records {
+  readonly #native: Native;
+  readonly #state: State;
+  readonly #keys = new Map<string, Map<string, AttachmentKey>>();
+  #readAt = Number.NEGATIVE_INFINITY;
+
+  constructor(native: Native, state: State) {
+    this.#native = native;
+    this.#state = state;
+  }
+
+  /** Every attachment of the pod that the runtime knows by one of these UIDs. */
+  of(uids: readonly string[]): Attachment[] {
+    const known = this.#lookUp(uids);
+    if (known.length > 0 || performance.now() - this.#readAt < REREAD_MS) return known;
+    this.all();
+    return this.#lookUp(uids);
+  }
+
+  all(): Attachment[] {
+    const all = this.#native.listAttachments(this.#state);
+    this.#keys.clear();
+    for (const { key, record } of all) this.note(key, record);
+    this.#readAt = performance.now();
+    return all;
+  }
+
+  note(key: AttachmentKey, { podUid }: AttachmentRecord): void {
+    if (podUid === '') return;
+    const keys = this.#keys.get(podUid) ?? new Map<string, AttachmentKey>();
+    keys.set(hex(key), key);
+    this.#keys.set(podUid, keys);
+  }
+
+  #lookUp(uids: readonly string[]): Attachment[] {
+    return uids.flatMap((uid) =>
+      [...(this.#keys.get(uid)?.values() ?? [])].flatMap((key) => {
+        const record = this.#native.getAttachment(this.#state, key);
+        return record?.podUid === uid ? [{ key, record }] : [];
+      }),
+    );
+  }
+}

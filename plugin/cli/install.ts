@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// `install` and `uninstall`: settings in, what was done out.
+
+import { loadNative } from '../addon.ts';
+import type { EntryOptions } from '../install/entry.ts';
+import { ownExecutable } from '../install/executable.ts';
+import { install } from '../install/install.ts';
+import { uninstall } from '../install/uninstall.ts';
+import {
+  type CONFLIST_SETTINGS,
+  type DIRECTORY_SETTINGS,
+  type ENTRY_SETTINGS,
+  entryOf,
+  type INSTALL_SETTINGS,
+  type UNINSTALL_SETTINGS,
+  type Values,
+} from '../settings.ts';
+import { count } from './survey.ts';
+import type { Terminal } from './terminal.ts';
+
+/** Throws CniError 2, 6 or 7 for an entry that the plugin would refuse, and for settings that cannot be. */
+export function entryOptions(
+  values: Values<typeof ENTRY_SETTINGS & typeof DIRECTORY_SETTINGS & typeof CONFLIST_SETTINGS>,
+): EntryOptions {
+  if (!values.chained) {
+    throw new Error(
+      'CHAINED_CNI_PLUGIN=false cannot be: the plugin works on an interface that another plugin of its list has made; ' +
+        'where several configurations are used (multus), name that of the default network with CNI_CONF_NAME',
+    );
+  }
+  return {
+    netDir: values.cniNetDir,
+    confName: values.cniConfName,
+    ownedName: values.ownedConflist ? values.ownedConflistName : undefined,
+    groupRead: values.confGroupRead,
+    wanted: { entry: entryOf(values, values), cniVersion: values.cniVersion, replaceIstio: values.replaceIstioCni },
+  };
+}
+
+export async function installCommand(terminal: Terminal, values: Values<typeof INSTALL_SETTINGS>): Promise<0> {
+  const options = entryOptions(values);
+  const { cniNetDir, cniBinDir, runDir, wait } = values;
+  const installed = await install(
+    loadNative(),
+    { ...options, binDir: cniBinDir, runDir, wait, executable: ownExecutable() },
+    () => terminal.err(`waiting for a network configuration in ${cniNetDir}\n`),
+  );
+  terminal.out(`${cniBinDir}/ambient-redirect: ${installed.executableChanged ? 'installed' : 'unchanged'}\n`);
+  terminal.out(`${cniNetDir}/${installed.name}: ${installed.notes.join(', ') || 'unchanged'}\n`);
+  return 0;
+}
+
+export async function uninstallCommand(terminal: Terminal, values: Values<typeof UNINSTALL_SETTINGS>): Promise<0> {
+  const { cniNetDir, cniBinDir } = values;
+  const { pods, cut, executableKept } = await uninstall(
+    loadNative(),
+    { ...values, netDir: cniNetDir, binDir: cniBinDir },
+    (line) => terminal.out(`${line}\n`),
+  );
+  if (cut > 0) terminal.err(`${count(cut, 'connection')} through the proxy cut\n`);
+  terminal.out(`${count(pods.length, 'pod')} unenrolled\n`);
+  if (executableKept === '') terminal.out(`removed ${cniBinDir}/ambient-redirect\n`);
+  else terminal.err(`${cniBinDir}/ambient-redirect stays: ${executableKept}\n`);
+  return 0;
+}

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// `install`: the executable among the runtime's plugins, then our entry in the node's conflist. Each step is on disk
+// before the next one begins, and doing it again after whatever cut it short ends the same way.
+
+import { watch } from 'node:fs';
+import type { Native } from '../native.ts';
+import {
+  type Ensured,
+  type EntryOptions,
+  ensureEntry,
+  installLocked,
+  rememberInstall,
+  unmarkUninstalled,
+} from './entry.ts';
+import { type Executable, placeExecutable } from './executable.ts';
+import type { Step } from './files.ts';
+
+export interface InstallOptions extends EntryOptions {
+  binDir: string;
+  runDir: string;
+  /** seconds for a primary configuration to appear; Infinity: for ever */
+  wait: number;
+  executable: Executable;
+}
+
+export interface Installed extends Ensured {
+  executableChanged: boolean;
+}
+
+/** A change that fs.watch does not tell of (a network file system, a directory that was made anew) is seen so late. */
+const POLL_MILLISECONDS = 1000;
+
+/** `waiting` is called once, if there is no primary configuration yet. Throws what ensureEntry does, or that it never came. */
+export async function install(
+  native: Native,
+  options: InstallOptions,
+  waiting: () => void,
+  step: Step = () => {},
+): Promise<Installed> {
+  const { runDir, netDir, binDir, executable, wait } = options;
+  // Before anything else, so that an agent that runs does not take the node for one that is being left.
+  unmarkUninstalled(runDir);
+  const executableChanged = installLocked(native, runDir, () => {
+    const changed = placeExecutable(executable, binDir, step);
+    const { confName, ownedName, wanted, groupRead } = options;
+    rememberInstall(runDir, { netDir, confName, ownedName, wanted, groupRead });
+    return changed;
+  });
+  const deadline = performance.now() + wait * 1000;
+  for (let first = true; ; first = false) {
+    const changed = watchFor(netDir, Math.min(POLL_MILLISECONDS, deadline - performance.now()));
+    try {
+      const ensured = installLocked(native, runDir, () => ensureEntry(options, step));
+      if (ensured !== null) return { ...ensured, executableChanged };
+      if (performance.now() >= deadline) {
+        const what = options.confName ?? 'a valid network configuration';
+        throw new Error(`${netDir} does not have ${what} of a primary plugin after ${wait} s`);
+      }
+      if (first) waiting();
+      await changed.promise;
+    } finally {
+      changed.stop();
+    }
+  }
+}
+
+/** Begins to watch at once, so that nothing between a look and the wait for it is missed. */
+function watchFor(directory: string, milliseconds: number): { promise: Promise<void>; stop: () => void } {
+  const { promise, resolve } = Promise.withResolvers<void>();
+  const timer = setTimeout(resolve, Math.max(0, milliseconds));
+  let watcher: ReturnType<typeof watch> | undefined;
+  try {
+    watcher = watch(directory, () => resolve()).on('error', () => resolve());
+  } catch {
+    // Not there yet: the timer looks again.
+  }
+  return {
+    promise,
+    stop: () => {
+      clearTimeout(timer);
+      watcher?.close();
+    },
+  };
+}
