@@ -887,6 +887,24 @@ int proxy_ingress(struct __sk_buff *skb)
 	return pass(&r, REASON_PROXY_ASSIGNED);
 }
 
+/*
+ * Not attached anywhere: a test run of it puts a connection that is older than its pod's enrolment into "direct", the way
+ * every other writer does. 1: it is there now; 0: it has been redirected since; 2: no memory.
+ */
+SEC("classifier")
+int direct_import(struct __sk_buff *skb)
+{
+	struct direct_import wanted;
+	struct tuple from_proxy;
+
+	if (bpf_skb_load_bytes(skb, 0, &wanted, sizeof(wanted)))
+		return 2;
+	from_proxy = reversed(&wanted.tuple);
+	if (bpf_map_lookup_elem(&flows, &wanted.tuple) || bpf_map_lookup_elem(&flows, &from_proxy))
+		return 0;
+	return remember_direct(wanted.ifindex, &wanted.tuple) ? 1 : 2;
+}
+
 /* Names the listener for a packet that proxy_ingress could not assign it to. */
 SEC("sk_lookup")
 int proxy_lookup(struct bpf_sk_lookup *context)

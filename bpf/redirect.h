@@ -207,6 +207,13 @@ struct direct_key {
 	__u32 set;
 };
 #define DIRECT_WAYS 8
+/* What a test run of the program direct_import is given, as if it were a packet; source is the pod's end. */
+struct direct_import {
+	__u8 ethernet[14];
+	__u8 pad[2];
+	__u32 ifindex;
+	struct tuple tuple;
+};
 struct direct_set {
 	struct bpf_spin_lock lock;  /* of those who write; whoever reads goes by check, see bpf/direct.h */
 	__u32 clock;                /* flows that were put into the set so far */

@@ -494,6 +494,20 @@ Napi::Value deleteDirectFlows(const Info &info) {
   return Napi::Number::New(info.Env(), delete_direct_flows(state, ifindex));
 }
 
+Napi::Value importDirectFlow(const Info &info) {
+  int program = to_fd(info[0], "programFd");
+  uint32_t ifindex = to_ifindex(info[1], "ifindex");
+  Fields fields(info[2], "flow");
+  struct tuple flow = {};
+  fields.bytes("source", flow.source, sizeof(flow.source));
+  fields.bytes("destination", flow.destination, sizeof(flow.destination));
+  flow.source_port = static_cast<uint16_t>(fields.integer("sourcePort", 0, UINT16_MAX));
+  flow.destination_port = static_cast<uint16_t>(fields.integer("destinationPort", 0, UINT16_MAX));
+  Import result = import_direct_flow(program, ifindex, flow);
+  if (result == Import::no_memory) throw KernelError(ENOMEM, "bpf(BPF_PROG_TEST_RUN)", "direct_import");
+  return boolean(info, result == Import::done);
+}
+
 Napi::Value listDirectFlows(const Info &info) {
   return array_of(info.Env(), interfaces_with_direct_flows(to_state(info)),
                   [&](uint32_t ifindex) { return Napi::Number::New(info.Env(), ifindex); });
@@ -1049,6 +1063,7 @@ const Export FUNCTIONS[] = {
     EXPORT(getProxies),
     EXPORT(putProxies),
     EXPORT(directFlows),
+    EXPORT(importDirectFlow),
     EXPORT(deleteDirectFlows),
     EXPORT(listDirectFlows),
     EXPORT(putExclusions),

@@ -126,16 +126,19 @@ void load_programs(const State &state, const std::string &dir, const std::string
   std::string programs = dir + "/programs", directory = programs + "/" + tag;
   make_directory(programs, 0700);
   make_directory(directory, 0700);
-  for (const Name *name = PROGRAMS; name->word; name++) {
-    bpf_program *program = bpf_object__find_program_by_name(skeleton->obj, name->word);
-    if (!program) throw KernelError(ENOENT, "bpf_object__find_program_by_name", name->word);
-    if (!bpf_program__autoload(program)) continue;
+  auto pin = [&](const char *name) {
+    bpf_program *program = bpf_object__find_program_by_name(skeleton->obj, name);
+    if (!program) throw KernelError(ENOENT, "bpf_object__find_program_by_name", name);
+    if (!bpf_program__autoload(program)) return;
     // By another name first: who looks meanwhile finds the old pin or the new one.
-    std::string path = directory + "/" + name->word, unfinished = path + "_new";
+    std::string path = directory + "/" + name, unfinished = path + "_new";
     remove_file(unfinished);
     pin_object(bpf_program__fd(program), unfinished);
     rename_file(unfinished, path);
-  }
+  };
+  // It counts nothing and is attached nowhere, so it is none of PROGRAMS, whose last one tells that all are there.
+  pin("direct_import");
+  for (const Name *name = PROGRAMS; name->word; name++) pin(name->word);
 }
 
 }  // namespace ambient

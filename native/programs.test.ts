@@ -60,7 +60,7 @@ describe('loadPrograms', () => {
   test('pins every program under its tag, by its name', () => {
     const { dir } = stateDirectory(bed);
     const directory = join(dir, 'programs/test');
-    const names = Object.keys(native.programs);
+    const names = [...Object.keys(native.programs), 'direct_import'];
     expect(readdirSync(directory).sort()).toEqual([...names].sort());
     expect(statSync(directory).mode & 0o777).toBe(0o700);
     for (const name of names) {

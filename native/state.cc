@@ -393,6 +393,16 @@ std::vector<struct tuple> direct_flows(const State &state, uint32_t ifindex) {
   return flows;
 }
 
+Import import_direct_flow(int program, uint32_t ifindex, const struct tuple &flow) {
+  struct direct_import wanted = {};
+  wanted.ifindex = ifindex;
+  wanted.tuple = flow;
+  uint8_t packet[sizeof(wanted)], out[sizeof(wanted) + 256];
+  memcpy(packet, &wanted, sizeof(wanted));
+  TestRun run = test_run(program, packet, sizeof(packet), out, sizeof(out), {0, 0, 0, 1});
+  return run.verdict == 1 ? Import::done : run.verdict == 0 ? Import::redirected : Import::no_memory;
+}
+
 std::vector<uint32_t> interfaces_with_direct_flows(const State &state) {
   std::vector<uint32_t> found;
   std::unordered_set<uint32_t> seen;

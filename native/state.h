@@ -74,6 +74,9 @@ uint32_t direct_sets(const struct settings &settings);
 std::vector<struct tuple> direct_flows(const State &state, uint32_t ifindex);
 // Every interface that has a set, once.
 std::vector<uint32_t> interfaces_with_direct_flows(const State &state);
+enum class Import { redirected, done, no_memory };
+// Puts a flow into DIRECT by a test run of `program` (direct_import), so that no writer loses what another one puts in.
+Import import_direct_flow(int program, uint32_t ifindex, const struct tuple &flow);
 // How many sets were there.
 uint32_t delete_direct_flows(const State &state, uint32_t ifindex);
 bool delete_exclusions(const State &state, uint32_t ifindex);

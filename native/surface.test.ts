@@ -232,6 +232,11 @@ const functions: Record<
     ['state', stateKind],
     ['ifindex', ifindex],
   ],
+  importDirectFlow: [
+    ['programFd', fd],
+    ['ifindex', ifindex],
+    ['flow', object(() => ({ source: address(1), sourcePort: 1, destination: address(2), destinationPort: 2 }))],
+  ],
   listDirectFlows: [['state', stateKind]],
   putExclusions: [
     ['state', stateKind],

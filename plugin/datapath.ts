@@ -18,6 +18,7 @@ import type {
   ProxyRecord,
   Rule,
   State,
+  Tuple,
 } from './native.ts';
 import { HOST } from './native.ts';
 import { addProxy, removeDeadProxies, removeProxy } from './proxies.ts';
@@ -168,8 +169,9 @@ function attachAll(attachment: Attachment): AttachmentRecord {
     }
     if (plan.interface !== null) fillMaps(attachment);
     for (const hook of plan.hooks) attachHook(attachment, hook);
+    if (target.role === 'pod' && !target.strict && previous === null) rememberOlder(attachment);
     if (target.role === 'proxy') announceProxy(attachment);
-    const [finding] = verify(native, state, attachment.config, target.key, record);
+    const [finding] = verifyAttached(native, state, attachment.config, target.key, record);
     if (finding !== undefined) {
       throw new CniError(
         Code.ATTACH_FAILED,
@@ -360,6 +362,42 @@ function fillMaps(attachment: Attachment): void {
     undo.push(() => native.deleteInterface(state, ifindex));
   } catch (error) {
     throw stepError(Code.STATE_FAILED, `record ${facts.host.name} (ifindex ${ifindex}) in ${config.stateDir}`, error);
+  }
+}
+
+/**
+ * A running pod's open connections go on direct. They are read after the programs are attached, so that none is opened
+ * unseen between the two, and what has been redirected since is left out. When all of them are remembered, nothing that
+ * comes without an entry can be older than the enrolment.
+ */
+function rememberOlder(attachment: Attachment): void {
+  const { native, config, state, netns, facts, plan, record } = attachment;
+  const ifindex = facts.host.ifindex;
+  const own = new Set(plan.addresses.map(hex));
+  const id = ({ source, sourcePort, destination, destinationPort }: Tuple) =>
+    `${hex(source)} ${sourcePort} ${hex(destination)} ${destinationPort}`;
+  let program: number | undefined;
+  try {
+    program = native.openProgram(programPin(config.stateDir, record.programTag, 'direct_import'));
+    const older: Tuple[] = [];
+    for (const { local, localPort, remote, remotePort } of native.connections(netns)) {
+      if (!own.has(hex(local)) || own.has(hex(remote))) continue;
+      const flow = { source: local, sourcePort: localPort, destination: remote, destinationPort: remotePort };
+      if (native.importDirectFlow(program, ifindex, flow)) older.push(flow);
+    }
+    // More of them than the table holds: then one without an entry may be older after all.
+    const kept = new Set(native.directFlows(state, ifindex).map(id));
+    if (!older.every((flow) => kept.has(id(flow)))) return;
+  } catch (error) {
+    throw stepError(Code.STATE_FAILED, `remember the open connections of ${record.netnsPath}`, error);
+  } finally {
+    if (program !== undefined) native.close(program);
+  }
+  plan.flags |= native.flags.INTERFACE_STRICT ?? 0;
+  record.flags |= plan.flags;
+  if (plan.interface !== null) native.putInterface(state, ifindex, { ...plan.interface, flags: plan.flags });
+  for (const address of plan.addresses) {
+    native.putEndpoint(state, address, { ifindex, flags: plan.flags, podMac: facts.pod.mac }, false);
   }
 }
 
@@ -842,6 +880,34 @@ export function isDead(native: Native, record: AttachmentRecord): boolean {
 
 /** Compares the record with the kernel; [] if all is there. Changes nothing. */
 export function verify(
+  native: Native,
+  state: State,
+  dirs: Directories,
+  key: AttachmentKey,
+  record: AttachmentRecord,
+): Finding[] {
+  const findings = verifyAttached(native, state, dirs, key, record);
+  if (record.role !== 'none') verifyMac(native, record, findings);
+  return findings;
+}
+
+/** A plugin that follows in the chain may change it (tuning): then our programs take the pod's frames for another host's. */
+function verifyMac(native: Native, record: AttachmentRecord, findings: Finding[]): void {
+  inOwnNetns(native, record, (netns) => {
+    const link = native.linkByIndex(netns, record.podIfindex);
+    if (link === null || link.mac === record.podMac) return;
+    findings.push({
+      code: Code.ENTRY_MISMATCH,
+      kind: 'interface',
+      object: `MAC address of ${record.ifname} in ${record.netnsPath}`,
+      expected: record.podMac,
+      found: link.mac,
+    });
+  });
+}
+
+/** What attach() has made itself. */
+function verifyAttached(
   native: Native,
   state: State,
   dirs: Directories,

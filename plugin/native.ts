@@ -379,6 +379,11 @@ export interface Native {
 
   /** flows of the interface that were let go direct on purpose, the pod's end as source */
   directFlows(state: State, ifindex: number): Tuple[];
+  /**
+   * Adds one, by the pinned program direct_import; false: it has been redirected meanwhile, and is left so. ENOMEM: the
+   * kernel has no memory for it. It may take the place of another one (see directFlows).
+   */
+  importDirectFlow(programFd: number, ifindex: number, flow: Tuple): boolean;
   /** how many sets of flows there were */
   deleteDirectFlows(state: State, ifindex: number): number;
   /** interfaces that have such flows, or had */

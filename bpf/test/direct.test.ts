@@ -80,6 +80,37 @@ describe.each(families)('IPv%i: 16 flows of a pod', (family) => {
     expect(ports(node.ifindex.pod)).toEqual(kept);
   });
 
+  describe('that are older than the enrolment', () => {
+    const flow = (sourcePort: number) => ({
+      source: mapped(addresses[family].pod),
+      sourcePort,
+      destination: mapped(outside.address),
+      destinationPort: outside.port,
+    });
+    const importFlow = (port: number) => {
+      const fd = native.openProgram(join(datapath.directory, 'programs', datapath.tag, 'direct_import'));
+      try {
+        return native.importDirectFlow(fd, node.ifindex.pod, flow(port));
+      } finally {
+        native.close(fd);
+      }
+    };
+
+    test('are put in from outside like any other', async () => {
+      expect(importFlow(2000)).toBe(true);
+      expect(native.directFlows(datapath.state, node.ifindex.pod)).toContainEqual(flow(2000));
+      await goesOn(2000);
+    });
+
+    test('are left out where they have been redirected meanwhile', async () => {
+      datapath.enrol({ flags: ['STRICT'] });
+      await datapath.check('pod_egress', own(2001, SYN), datapath.toProxy('redirected_outbound', datapath.old(), 1));
+      expect(importFlow(2001)).toBe(false);
+      expect(ports(node.ifindex.pod)).not.toContain(2001);
+      datapath.enrol({ flags: DRAINING });
+    });
+  });
+
   test('one that is redirected when it comes again is forgotten, alone', async () => {
     const kept = ports(node.ifindex.pod);
     datapath.enrol({ flags: ['STRICT'] });
