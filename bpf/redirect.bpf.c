@@ -765,8 +765,12 @@ int proxy_egress(struct __sk_buff *skb)
 			return deliver(&r, to, REASON_FROM_PROXY_LOCAL);
 	}
 	from = bpf_map_lookup_elem(&endpoints, p.tuple.source);
-	if (from)
+	if (from) {
+		/* Should the proxy die silently, whoever answers gets a RST of the one that listens then. */
+		if (is_syn(&p))
+			remember_flow(&p.tuple, from->ifindex, FLOW_UPSTREAM);
 		return reinject(&r, from->ifindex);
+	}
 	/* An inbound flow to an address that only the pod knows of. */
 	if (f && f->kind == FLOW_INBOUND)
 		return reinject(&r, f->ifindex);

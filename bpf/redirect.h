@@ -195,7 +195,7 @@ struct flow {
 };
 #define FLOW_OUTBOUND 1 /* a pod's SYN was taken: replies go straight into that pod */
 #define FLOW_INBOUND 2  /* a SYN towards a pod was taken: replies go back through the node's stack */
-#define FLOW_UPSTREAM 3 /* the proxy's own SYN to a local pod: the flow goes straight into that pod */
+#define FLOW_UPSTREAM 3 /* the proxy's own SYN: to a local pod, into which the flow goes straight; or in a pod's name to outside */
 
 /*
  * map "direct", hash without preallocation: flows that were let go direct on purpose. A pod has settings.direct_flows /
