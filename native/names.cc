@@ -42,7 +42,6 @@ const Name REASONS[] = {
     {"pass_fragment", REASON_PASS_FRAGMENT},
     {"drop_no_listener", REASON_DROP_NO_LISTENER},
     {"drop_spoofed_source", REASON_DROP_SPOOFED_SOURCE},
-    {"drop_not_our_address", REASON_DROP_NOT_OUR_ADDRESS},
     {"drop_short_first_fragment", REASON_DROP_SHORT_FIRST_FRAGMENT},
     {"drop_syn_fragment", REASON_DROP_SYN_FRAGMENT},
     {"drop_malformed", REASON_DROP_MALFORMED},

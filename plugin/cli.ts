@@ -6,7 +6,7 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Command, CommanderError, InvalidArgumentError, Option } from 'commander';
 import { loadNative } from './addon.ts';
-import { type AgentSettings, addAgentOptions } from './agent/settings.ts';
+import { AGENT_SETTINGS } from './agent/settings.ts';
 import { agent } from './cli/agent.ts';
 import { counters } from './cli/counters.ts';
 import { demo } from './cli/demo.ts';
@@ -21,6 +21,7 @@ import { processTerminal, type Terminal } from './cli/terminal.ts';
 import { trace } from './cli/trace.ts';
 import { type UnenrollOptions, unenroll } from './cli/unenroll.ts';
 import { CniError, Code } from './cni/errors.ts';
+import { runZtunnel, type ZtunnelProcessOptions } from './demo/ztunnel-process.ts';
 import { parseCidr, parsePortRange } from './redirect/config.ts';
 import { INSTALL_SETTINGS, readSettings, type SettingTable, settingOptions, UNINSTALL_SETTINGS } from './settings.ts';
 
@@ -155,11 +156,22 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
     finish(await uninstallCommand(terminal, readSettings(UNINSTALL_SETTINGS, options)));
   });
 
-  addAgentOptions(command(program, 'agent', 'the node agent: speaks to ztunnel (ZDS) and to the plugin')).action(
-    async (options: AgentSettings) => {
-      finish(await agent(loadNative(), options));
-    },
-  );
+  const agentCommand = command(program, 'agent', 'the node agent: speaks to ztunnel (ZDS) and to the plugin');
+  for (const option of settingOptions(AGENT_SETTINGS)) agentCommand.addOption(option);
+  agentCommand.action(async (options: Record<string, unknown>) => {
+    finish(await agent(loadNative(), readSettings(AGENT_SETTINGS, options)));
+  });
+
+  program
+    .command('stand-in-ztunnel', { hidden: true })
+    .description('ztunnel of the demo as a process, for tests')
+    .requiredOption('--socket <path>')
+    .requiredOption('--xds <file>')
+    .option('--misbehaviour <json>')
+    .option('--drain-ms <ms>')
+    .action(async (options: ZtunnelProcessOptions) => {
+      finish(await runZtunnel(loadNative(), terminal, options));
+    });
 
   const demoCommand = command(program, 'demo', 'the whole thing in throw-away namespaces, with a proxy of its own')
     .addOption(

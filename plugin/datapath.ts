@@ -167,7 +167,7 @@ function attachAll(attachment: Attachment): AttachmentRecord {
       undo.push(() => deleteTproxy(attachment.netns));
       addTproxy(attachment.netns, attachment.config);
     }
-    if (plan.interface !== null) fillMaps(attachment);
+    if (plan.interface !== null) withRoom(attachment, () => fillMaps(attachment));
     for (const hook of plan.hooks) attachHook(attachment, hook);
     if (target.role === 'pod' && !target.strict && previous === null) rememberOlder(attachment);
     if (target.role === 'proxy') announceProxy(attachment);
@@ -327,6 +327,25 @@ function putRecord(
     } catch (again) {
       const full = `attachments in ${config.stateDir} is full; "maxPods" sizes it`;
       throw new CniError(Code.STATE_FAILED, full, kernelReason(again), { cause: again });
+    }
+  }
+}
+
+/** Does `put` again without the entries of pods that are gone, where a map is full. Throws what it throws, or CniError 103. */
+function withRoom({ native, config, state, plan }: Attachment, put: () => void): void {
+  const isFull = (error: unknown) =>
+    error instanceof CniError && hasCode(error.cause, 'E2BIG', 'ENOSPC') && plan.exclusions.length <= MAX_EXCLUSIONS;
+  try {
+    put();
+  } catch (error) {
+    if (!isFull(error)) throw error;
+    sweepDead(native, config, state);
+    try {
+      put();
+    } catch (again) {
+      if (!isFull(again)) throw again;
+      const full = `a map in ${config.stateDir} is full; "maxPods" sizes it`;
+      throw new CniError(Code.STATE_FAILED, full, (again as CniError).message, { cause: again });
     }
   }
 }
@@ -1051,6 +1070,9 @@ function verifyProxy(
 // ---- records ---------------------------------------------------------------------------------------------------------
 
 const NO_MAC = '00:00:00:00:00:00';
+/** More of one pod's are E2BIG too, which has nothing to do with the number of pods. */
+const MAX_EXCLUSIONS = 4096;
+
 /** MAX_ADDRESSES of bpf/redirect.h. */
 const MAX_ADDRESSES = 16;
 

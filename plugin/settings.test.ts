@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Command } from 'commander';
 import { afterAll, describe, expect, test } from 'vitest';
+import { AGENT_SETTINGS } from './agent/settings.ts';
 import { entryOptions } from './cli/install.ts';
 import {
   CONFLIST_SETTINGS,
@@ -13,6 +14,7 @@ import {
   INSTALL_SETTINGS,
   MESH_SETTINGS,
   readSettings,
+  type SettingTable,
   settingOptions,
   UNINSTALL_SETTINGS,
 } from './settings.ts';
@@ -25,6 +27,17 @@ const tables = { ...INSTALL_SETTINGS, ...UNINSTALL_SETTINGS, ...MESH_SETTINGS };
 test('each setting is called as its flag', () => {
   const attributes = settingOptions(tables).map((option) => option.attributeName());
   expect(attributes).toEqual(Object.keys(tables));
+});
+
+test('what the agent has too is called and preset the same there', () => {
+  const other: SettingTable = AGENT_SETTINGS;
+  const shared = Object.keys(tables).filter((name) => name in other);
+  expect(shared).toEqual(expect.arrayContaining(['stateDir', 'runDir', 'conf', 'nodeName', 'kubeApi', 'redirectMode']));
+  const facts = (table: SettingTable) =>
+    shared.map((name) => [table[name]?.flag, table[name]?.environment, table[name]?.fallback ?? '']);
+  // The level of the plugin is the entry's own, that of the agent has a default.
+  const differs = ([flag]: unknown[]) => flag !== '--log-level <level>';
+  expect(facts(tables).filter(differs)).toEqual(facts(other).filter(differs));
 });
 
 test('no variable belongs to two settings', () => {
@@ -96,7 +109,7 @@ test('--help has flag, variables and default of each', () => {
   for (const { flag, environment, fallback } of Object.values(tables)) {
     const line = help.split('\n').find((text) => text.includes(flag)) ?? '';
     for (const variable of environment) expect(line).toContain(`$${variable}`);
-    if (fallback !== undefined) expect(line).toContain(`default: ${fallback}`);
+    if (fallback) expect(line).toContain(`default: ${fallback}`);
   }
 });
 
@@ -154,4 +167,30 @@ test('a network of its own cannot be', () => {
   expect(() => entryOptions(readSettings(table, {}, { CHAINED_CNI_PLUGIN: 'false' }))).toThrow(
     'CHAINED_CNI_PLUGIN=false cannot be',
   );
+});
+
+describe('README', () => {
+  const readme = readFileSync(join(import.meta.dirname, '../README.md'), 'utf8');
+  const [, section = ''] = /\n## Install on a node\n([^]*?)\n## /.exec(readme) ?? [];
+  const rowsOf = (table: SettingTable) =>
+    Object.values(table).map(({ flag, environment, fallback, meaning }) =>
+      `| \`${flag}\` | ${environment.map((name) => `\`${name}\``).join(', ')} | ${fallback ? `\`${fallback}\`` : ''} | ${meaning} |`.replace(
+        /\| +\|/,
+        '| |',
+      ),
+    );
+
+  test.each([
+    ['install', INSTALL_SETTINGS],
+    ['uninstall', UNINSTALL_SETTINGS],
+  ] as const)('has every setting of %s, with its variables and its default', (_command, table) => {
+    const rows = section.split('\n').filter((line) => line.startsWith('| `--'));
+    expect(rows).toEqual(expect.arrayContaining(rowsOf(table)));
+  });
+
+  test('has no other', () => {
+    const rows = section.split('\n').filter((line) => line.startsWith('| `--'));
+    const known = new Set([...rowsOf(INSTALL_SETTINGS), ...rowsOf(UNINSTALL_SETTINGS)]);
+    expect(rows.filter((row) => !known.has(row))).toEqual([]);
+  });
 });

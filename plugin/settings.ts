@@ -214,8 +214,38 @@ export const INSTALL_SETTINGS = {
   ),
 } as const satisfies SettingTable;
 
+/** Which node this is, and how to reach the API server. */
+export const KUBERNETES_SETTINGS = {
+  nodeName: setting(
+    '--node-name <name>',
+    ['NODE_NAME'],
+    '',
+    "the node's name in Kubernetes, in every line of the log",
+    String,
+  ),
+  kubeApi: optional(
+    '--kube-api <url>',
+    ['AMBIENT_REDIRECT_KUBE_API'],
+    'the Kubernetes API server; without it as pods reach it (KUBERNETES_SERVICE_HOST), else there is none',
+    String,
+  ),
+  kubeCaFile: optional(
+    '--kube-ca-file <file>',
+    ['KUBE_CA_FILE'],
+    "PEM of its CA; without it the service account's, with --kube-api the system's",
+    String,
+  ),
+  kubeTokenFile: optional(
+    '--kube-token-file <file>',
+    ['AMBIENT_REDIRECT_KUBE_TOKEN_FILE'],
+    "bearer token, read for each request; without it the service account's, with --kube-api none",
+    String,
+  ),
+} as const satisfies SettingTable;
+
 export const UNINSTALL_SETTINGS = {
   ...DIRECTORY_SETTINGS,
+  ...KUBERNETES_SETTINGS,
   drainTimeout: setting(
     '--drain-timeout <seconds>',
     ['AMBIENT_REDIRECT_DRAIN_TIMEOUT'],
@@ -265,7 +295,7 @@ export const MESH_SETTINGS = {
 /** An option for each setting, with everything that --help is to say. */
 export function settingOptions(table: SettingTable): Option[] {
   return Object.values(table).map(({ flag, environment, fallback, meaning, parse }) => {
-    const said = [`$${environment.join(', $')}`, ...(fallback === undefined ? [] : [`default: ${fallback}`])];
+    const said = [`$${environment.join(', $')}`, ...(fallback ? [`default: ${fallback}`] : [])];
     return new Option(flag, `${meaning} (${said.join('; ')})`).argParser((text) => {
       parse(text);
       return text;

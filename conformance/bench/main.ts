@@ -4,7 +4,8 @@
 
 import { parseArgs } from 'node:util';
 import { benchAdd } from './add.ts';
-import { report } from './report.ts';
+import { peer } from './programs.ts';
+import { addReport, report } from './report.ts';
 import { benchTraffic } from './traffic.ts';
 
 const USAGE = `usage: npm run bench -- [--quick | --full] [--only TEXT] [--resume]
@@ -40,7 +41,16 @@ if (what === 'add') {
   const rounds = Number(values.rounds);
   const attachments = values.attachments.split(',').map(Number);
   if (!(rounds > 0) || !attachments.every((count) => Number.isInteger(count) && count >= 0)) refuse();
-  await benchAdd(rounds, attachments);
+  const programs = { peer: await peer(), fortio: undefined };
+  const note = (text: string) => process.stderr.write(`${text}\n`);
+  const costs = await benchAdd(programs, {
+    rounds,
+    atOnceRounds: Math.ceil(rounds / 5),
+    attachments,
+    seconds: 0.5,
+    note,
+  });
+  process.stdout.write(addReport(costs));
 } else if (what === undefined) {
   const { directory, result } = await benchTraffic({
     profile: values.quick ? 'quick' : values.full ? 'full' : 'default',

@@ -41,9 +41,8 @@ export const COMPARISONS: readonly (readonly [string, string])[] = [
   ['tcx', 'fixed'],
   ['clsact', 'iptables'],
   ['clsact', 'tcx'],
-  ['in-pod', 'iptables-in-pod'],
-  ['in-pod', 'fixed-in-pod'],
   ['iptables-vxlan', 'iptables'],
+  ['iptables-in-pod', 'fixed-in-pod'],
 ];
 
 /** Pairs of values of the same cell, round and repeat, both valid. */

@@ -15,19 +15,24 @@ export interface Profile {
   /** Connections of the published experiment, and how long each run of it lasts. */
   connections: readonly number[];
   fortioSeconds: number;
-  /** How long every other load lasts, and how often it runs in a round. */
+  /** How long wrk, iperf3 and many open connections last, and how long the loads with little scatter. */
   seconds: number;
+  shortSeconds: number;
+  /** How often a load of the other kinds runs in a round. */
   repeats: number;
   modes: readonly string[];
-  /** The other loads, by families: `wrk`, `rr`, `crr`, `iperf`, `hold`. */
   families: readonly Family[];
-  haproxy: boolean;
+  /** Loads that HAProxy takes too. */
+  haproxy: readonly ('wrk' | 'iperf')[];
   hold: readonly number[];
   streams: readonly number[];
-  /** Idle attachments at which the per-packet cost is measured. */
+  /** Rounds of what the programs cost by themselves. */
+  programRounds: number;
+  /** Idle attachments beside which ADD and the per-packet cost are measured. */
   attachments: readonly number[];
-  /** Rounds of ADD, DEL and CHECK. */
+  /** Rounds of ADD, CHECK and DEL, and of twenty at once. */
   addRounds: number;
+  atOnceRounds: number;
 }
 
 const every = MODES.map(({ name }) => name);
@@ -39,14 +44,17 @@ export const PROFILES: Record<ProfileName, Profile> = {
     connections: [1, 64],
     fortioSeconds: 2,
     seconds: 1,
+    shortSeconds: 1,
     repeats: 1,
     modes: ['direct', 'fixed', 'tcx', 'iptables'],
     families: [4],
-    haproxy: false,
+    haproxy: [],
     hold: [],
     streams: [1],
+    programRounds: 2,
     attachments: [1, 100],
-    addRounds: 5,
+    addRounds: 4,
+    atOnceRounds: 1,
   },
   default: {
     name: 'default',
@@ -54,14 +62,17 @@ export const PROFILES: Record<ProfileName, Profile> = {
     connections: [1, 16, 64, 128],
     fortioSeconds: 4,
     seconds: 2,
+    shortSeconds: 1,
     repeats: 2,
     modes: every,
     families,
-    haproxy: true,
+    haproxy: ['wrk'],
     hold: [1000],
     streams: [1, 8],
+    programRounds: 2,
     attachments: [1, 100, 1000],
-    addRounds: 15,
+    addRounds: 10,
+    atOnceRounds: 3,
   },
   full: {
     name: 'full',
@@ -69,14 +80,17 @@ export const PROFILES: Record<ProfileName, Profile> = {
     connections: [1, 2, 4, 8, 16, 32, 64, 128],
     fortioSeconds: 10,
     seconds: 5,
+    shortSeconds: 3,
     repeats: 2,
     modes: every,
     families,
-    haproxy: true,
+    haproxy: ['wrk', 'iperf'],
     hold: [10, 1000, 9000],
     streams: [1, 8],
+    programRounds: 6,
     attachments: [1, 100, 1000, 4096],
     addRounds: 30,
+    atOnceRounds: 6,
   },
 };
 
@@ -91,9 +105,9 @@ export interface Cell {
 }
 
 /** Loads of the profile. Where fortio is missing, wrk stands in for `-qps 0`, and `-qps 8000` is left out. */
-export function cells(profile: Profile, programs: Programs, only?: RegExp): Cell[] {
+export function cells(profile: Profile, programs: Programs): Cell[] {
   const { peer, fortio } = programs;
-  const { seconds, repeats } = profile;
+  const { seconds, shortSeconds, repeats } = profile;
   const modes = MODES.filter(({ name }) => profile.modes.includes(name));
   const result: Cell[] = [];
   const add = (load: Load, times: number, proxy: ProxyKind = 'native') => {
@@ -115,19 +129,18 @@ export function cells(profile: Profile, programs: Programs, only?: RegExp): Cell
     // IPv6 goes the same way through every mode: once a round shows whether it does.
     const times = family === 4 ? repeats : 1;
     add(wrkLoad(family, 32, seconds), times);
-    add(rrLoad(peer, family, seconds), times);
-    add(crrLoad(peer, family, 8, seconds), times);
-    for (const streams of profile.streams) {
-      if (family === 6 && streams > 1) continue;
-      for (const reverse of [false, true]) add(iperfLoad(family, streams, reverse, seconds), 1);
+    add(rrLoad(peer, family, shortSeconds), times);
+    add(crrLoad(peer, family, 8, shortSeconds), times);
+    for (const streams of family === 4 ? profile.streams : [1]) {
+      for (const reverse of family === 4 ? [false, true] : [false]) {
+        add(iperfLoad(family, streams, reverse, seconds), 1);
+      }
     }
   }
   for (const connections of profile.hold) add(holdLoad(peer, 4, connections, 10, seconds), 1);
-  if (profile.haproxy) {
-    add(wrkLoad(4, 32, seconds), repeats, 'haproxy');
-    add(iperfLoad(4, 1, false, seconds), 1, 'haproxy');
-  }
-  return only === undefined ? result : result.filter(({ name }) => only.test(name));
+  if (profile.haproxy.includes('wrk')) add(wrkLoad(4, 32, seconds), repeats, 'haproxy');
+  if (profile.haproxy.includes('iperf')) add(iperfLoad(4, 1, false, seconds), repeats, 'haproxy');
+  return result;
 }
 
 export interface Step {

@@ -19,10 +19,14 @@ export class Progress {
   #skipped = 0;
   #printed = 0;
 
-  /** Of each step, in their order: how long its load lasts. */
-  constructor(seconds: readonly number[]) {
+  /** What follows the steps, in seconds. */
+  readonly #after: number;
+
+  /** Of each step, in their order: how long its load lasts. `after`: seconds that the rest is thought to take. */
+  constructor(seconds: readonly number[], after: number) {
     this.#count = seconds.length;
     this.#planned = seconds.reduce((a, b) => a + b, 0);
+    this.#after = after;
   }
 
   skip(steps: number): void {
@@ -35,7 +39,7 @@ export class Progress {
     const share = (this.#count - this.#skipped) / Math.max(1, this.#count);
     const spent = (performance.now() - this.#begun) / 1000;
     const factor = this.#measured > 0 ? spent / this.#measured : 1.4;
-    return Math.max(0, this.#planned * share - this.#measured) * factor;
+    return Math.max(0, this.#planned * share - this.#measured) * factor + this.#after;
   }
 
   begin(text: string): void {

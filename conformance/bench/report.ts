@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tables in Markdown and plots from a result. Nothing here is measured or rounded by hand.
 
+import { ADD_CURVES, type AddCosts, type AddRow } from './add.ts';
 import type { Machine } from './machine.ts';
 import { compare, type Measure, type ModeSummary, summarize } from './measures.ts';
 import { PROFILES, type ProfileName } from './plan.ts';
 import type { Plot, Point } from './plots.ts';
+import type { ProgramCosts } from './programs-cost.ts';
 import { duration } from './progress.ts';
 import type { Run } from './run.ts';
-import { FEWEST_PAIRS, type Summary } from './statistics.ts';
+import { FEWEST_PAIRS, type Ratio, type Summary } from './statistics.ts';
 import { MODES } from './world.ts';
 
 export interface Result {
@@ -21,6 +23,8 @@ export interface Result {
   /** Name of each cell, and its title. */
   cells: { name: string; title: string }[];
   runs: Run[];
+  programs?: ProgramCosts;
+  add?: AddCosts;
 }
 
 const order = MODES.map(({ name }) => name);
@@ -67,7 +71,7 @@ function comparisonTable(runs: readonly Run[]): string {
     title(subject),
     title(baseline),
     measure.title,
-    `${ratio.ratio.toFixed(2)} [${ratio.low.toFixed(2)}..${ratio.high.toFixed(2)}]`,
+    interval(ratio),
     String(ratio.pairs),
     words(measure, verdict),
   ]);
@@ -79,6 +83,86 @@ function words(measure: Measure, verdict: string): string {
   const cpu = measure.metric === 'cpu';
   if (verdict === 'better') return cpu ? '**cheaper**' : '**faster**';
   return cpu ? '**dearer**' : '**slower**';
+}
+
+function interval({ ratio, low, high }: Ratio): string {
+  return `${ratio.toFixed(2)} [${low.toFixed(2)}..${high.toFixed(2)}]`;
+}
+
+function addRow(row: AddRow): string[] {
+  return [
+    String(row.attachments),
+    row.command,
+    range(row.ms),
+    figure(row.p95),
+    row.ratio === undefined ? '' : interval(row.ratio),
+    row.rss === undefined ? '' : figure(row.rss),
+  ];
+}
+
+export function addReport(costs: AddCosts): string {
+  const header = ['idle attachments', 'command', 'ms', 'p95 ms', '× bare Node', 'peak RSS MiB'];
+  const scale = costs.scale.map((row) => [
+    String(row.attachments),
+    range(row.ns),
+    interval(row.nsRatio),
+    range(row.p50),
+    interval(row.p50Ratio),
+    figure(row.mapBytes / 2 ** 20),
+  ]);
+  return `${[
+    '## A pod’s start',
+    `Whole processes, ${costs.rounds} rounds in shuffled order. Ratio: to bare Node 24 (\`-e 0\`) in the same round.`,
+    table(header, costs.rows.map(addRow)),
+    'Twenty at once, until the last has answered:',
+    table(
+      ['idle attachments', 'command', 'ms'],
+      costs.atOnce.map((row) => addRow(row).slice(0, 3)),
+    ),
+    '## Beside idle attachments',
+    'One byte there and back between two enrolled pods. Ratios: to a node without the idle attachments, measured in turn.',
+    table(['idle attachments', 'programs, ns', 'ratio', 'p50 µs', 'ratio', 'maps MiB'], scale),
+  ].join('\n\n')}\n`;
+}
+
+function programReport(costs: ProgramCosts): string {
+  const onOff = <T extends { trace: boolean }>(
+    rows: readonly T[],
+    key: (row: T) => string,
+    ns: (row: T) => Summary,
+  ) => {
+    const keys = [...new Set(rows.map(key))].sort();
+    return keys.map((one) => {
+      const of = (trace: boolean) => rows.find((row) => key(row) === one && row.trace === trace);
+      const [off, on] = [of(false), of(true)];
+      return { off, cells: [off && range(ns(off)), on && range(ns(on))].map((cell) => cell ?? '–') };
+    });
+  };
+  const packets = onOff(
+    costs.packets,
+    ({ program, packet, family }) => `${program} ${packet} ${family}`,
+    ({ ns }) => ns,
+  ).flatMap(({ off, cells }) => (off ? [[off.program, `${off.packet}, IPv${off.family}`, off.reason, ...cells]] : []));
+  const loads = onOff(
+    costs.loads,
+    ({ mode, load, program }) => `${mode} ${load} ${program}`,
+    ({ ns }) => ns,
+  ).flatMap(({ off, cells }) =>
+    off ? [[title(off.mode), off.load, off.program, ...cells, figure(off.packets.median)]] : [],
+  );
+  return [
+    '## What the programs cost',
+    'Per packet, by BPF_PROG_TEST_RUN on the attached programs with the maps and sockets of open connections; that every packet was judged as the third column says is checked on the counters. A large packet counts once.',
+    table(['program', 'packet', 'judged', 'ns', 'ns, trace on'], packets),
+    'Under load, by the kernel’s clock (BPF_ENABLE_STATS), which is itself in it; with trace on, `ambient-redirect trace` takes processor time too.',
+    table(['mode', 'load', 'program', 'ns per packet', 'trace on', 'packets per request or gigabit'], loads),
+    'Size after verification (helpers inlined), not what one packet executes: no processor counters here.',
+    table(
+      ['program', 'instructions', 'bytes of machine code'],
+      costs.sizes.map(({ program, instructions, code }) => [program, String(instructions), String(code)]),
+    ),
+    ...costs.invalid.map((reason) => `- invalid: ${reason}`),
+  ].join('\n\n');
 }
 
 export function report(result: Result): string {
@@ -111,7 +195,9 @@ export function report(result: Result): string {
             .join('\n'),
     );
   }
-  return `${parts.join('\n\n')}\n`;
+  if (result.programs) parts.push(programReport(result.programs));
+  if (result.add) parts.push(addReport(result.add));
+  return `${parts.join('\n\n').trimEnd()}\n`;
 }
 
 function curve(runs: readonly Run[], pattern: RegExp, metric: string): Point[] {
@@ -127,7 +213,7 @@ function curve(runs: readonly Run[], pattern: RegExp, metric: string): Point[] {
   );
 }
 
-export function plots({ runs }: Result): Plot[] {
+export function plots({ runs, add }: Result): Plot[] {
   const xTitle = 'connections';
   const all: Plot[] = [
     {
@@ -148,5 +234,13 @@ export function plots({ runs }: Result): Plot[] {
       },
     ]),
   ];
+  const starts = (add?.rows ?? []).filter(({ command }) => ADD_CURVES.includes(command));
+  all.push({
+    name: 'add',
+    title: 'ADD against attachments',
+    xTitle: 'idle attachments',
+    yTitle: 'ms',
+    points: starts.map(({ attachments, command, ms }) => ({ x: attachments, series: command, ...ms })),
+  });
   return all.filter(({ points }) => points.length > 0);
 }

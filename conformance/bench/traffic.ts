@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// One bench from plan to tables: a directory below results/ holds the plan, a line for each run, and in the end the result.
+// One bench from plan to tables: a directory below results/ holds the plan, a line for each run, a file for each other
+// part, and in the end the result.
 
-import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { type AddCosts, benchAdd } from './add.ts';
 import { type Machine, machine } from './machine.ts';
-import { cells, PROFILES, type ProfileName, steps } from './plan.ts';
+import { cells, PROFILES, type Profile, type ProfileName, steps } from './plan.ts';
 import { svg } from './plots.ts';
 import { FORTIO_VERSION, fortio, peer } from './programs.ts';
+import { measurePrograms, type ProgramCosts } from './programs-cost.ts';
 import { Progress } from './progress.ts';
 import { plots, type Result, report } from './report.ts';
 import { readRuns, runSteps } from './run.ts';
@@ -15,7 +18,7 @@ export const RESULTS = join(import.meta.dirname, '../../results');
 
 export interface BenchOptions {
   profile: ProfileName;
-  /** Names of cells that match are measured, the rest is left out. */
+  /** Regular expression: cells and parts (`programs`, `add`) whose names match are measured, the rest is left out. */
   only?: string;
   /** Go on with the newest one of this profile that did not come to its end. */
   resume: boolean;
@@ -40,6 +43,25 @@ function unfinished(profile: ProfileName): string | undefined {
     .map((name) => join(RESULTS, name))
     .filter((directory) => existsSync(planFile(directory)) && !existsSync(resultFile(directory)))
     .at(-1);
+}
+
+/** What a part measured, from its file if it was measured before. */
+async function part<T>(directory: string, name: string, measure: () => Promise<T>): Promise<T> {
+  const path = join(directory, `${name}.json`);
+  if (existsSync(path)) return JSON.parse(readFileSync(path, 'utf8')) as T;
+  const value = await measure();
+  writeFileSync(`${path}.new`, JSON.stringify(value));
+  renameSync(`${path}.new`, path);
+  return value;
+}
+
+/** Seconds that the parts after the traffic are thought to take, on a machine with nothing else to do. */
+function partSeconds(profile: Profile, wants: (name: string) => boolean): number {
+  const programs = profile.programRounds * (6 * (profile.seconds + 0.7) + 12);
+  const levels = profile.attachments.length;
+  const add =
+    Math.max(...profile.attachments) * 0.08 + levels * (profile.addRounds * 0.8 + 15) + profile.atOnceRounds * 20;
+  return (wants('programs') ? programs * 2 : 0) + (wants('add') ? add : 0);
 }
 
 export interface Finished {
@@ -71,12 +93,30 @@ export async function benchTraffic(options: BenchOptions): Promise<Finished> {
     plan = JSON.parse(readFileSync(planFile(directory), 'utf8')) as Plan;
   }
   const profile = PROFILES[plan.profile];
-  const all = cells(profile, programs, plan.only === undefined ? undefined : new RegExp(plan.only));
+  const only = plan.only === undefined ? /^/ : new RegExp(plan.only);
+  const wants = (name: string) => only.test(name);
+  const all = cells(profile, programs).filter(({ name }) => wants(name));
   const order = steps(profile, all, plan.seed);
-  const progress = new Progress(order.map(({ cell }) => cell.load.seconds));
+  const progress = new Progress(
+    order.map(({ cell }) => cell.load.seconds),
+    partSeconds(profile, wants),
+  );
   process.stderr.write(`${order.length} runs, results in ${directory}\n`);
+  const note = (text: string) => progress.note(text);
+  let programCosts: ProgramCosts | undefined;
+  let addCosts: AddCosts | undefined;
   try {
     await runSteps(order, programs, directory, progress);
+    if (wants('programs')) {
+      programCosts = await part(directory, 'programs', () =>
+        measurePrograms(programs, { ...profile, rounds: profile.programRounds, note }),
+      );
+    }
+    if (wants('add')) {
+      addCosts = await part(directory, 'add', () =>
+        benchAdd(programs, { ...profile, rounds: profile.addRounds, seconds: profile.seconds / 2, note }),
+      );
+    }
   } finally {
     progress.close();
   }
@@ -90,6 +130,8 @@ export async function benchTraffic(options: BenchOptions): Promise<Finished> {
     machine: plan.machine,
     cells: all.map(({ name, load }) => ({ name, title: load.title })),
     runs,
+    ...(programCosts && { programs: programCosts }),
+    ...(addCosts && { add: addCosts }),
   };
   writeFileSync(resultFile(directory), JSON.stringify(result, null, 1));
   writeFileSync(join(directory, 'tables.md'), report(result));

@@ -9,7 +9,7 @@ import { join } from 'node:path';
 import { counters, increases } from '../e2e/counters.ts';
 import { executable, type Family, families, type Pod, type PodOptions, Topology } from '../e2e/topology.ts';
 import { kernelState } from '../kernel-state.ts';
-import { must, type Namespace, until } from '../netns.ts';
+import { must, type Namespace, type Running, until } from '../netns.ts';
 import { inPodRules, PROXY_TUNNEL, sharedRules, type Tunnel } from './iptables.ts';
 import type { Evidence, Expectation } from './judge.ts';
 import { type Listener, type ProxyKind, type RunningProxy, startProxy } from './proxies.ts';
@@ -90,6 +90,8 @@ export interface WorldOptions {
   /** Programs, see programs.ts. */
   peer: string;
   fortio: string | undefined;
+  /** Keys for our conflist entry. */
+  entry?: Record<string, unknown>;
 }
 
 export class World {
@@ -97,10 +99,12 @@ export class World {
   readonly topology: Topology;
   readonly client: Pod;
   readonly server: Pod;
-  readonly #shared: Pod | undefined;
+  readonly proxy: Pod | undefined;
   readonly #options: WorldOptions;
-  readonly #directory: string;
+  /** For files of whoever measures here. */
+  readonly directory: string;
   #proxies: Record<string, RunningProxy> = {};
+  #server: Running | undefined;
   #kind: ProxyKind | undefined;
   #hooks: string[] = [];
 
@@ -113,12 +117,13 @@ export class World {
       hook: ours ?? 'tcx',
       rpFilter: 0,
       plugin: ours === undefined ? null : executable,
+      ...(options.entry && { entry: options.entry }),
     });
-    this.#directory = this.topology.testbed.directory('bench');
+    this.directory = this.topology.testbed.directory('bench');
     const enroll: PodOptions = { enroll: ours !== undefined };
     this.client = this.topology.pod('client', enroll);
     this.server = this.topology.pod('server', enroll);
-    if (proxies === 'shared') this.#shared = this.topology.pod('ztunnel-1', { namespace: 'istio-system' });
+    if (proxies === 'shared') this.proxy = this.topology.pod('ztunnel-1', { namespace: 'istio-system' });
   }
 
   /** Everything up, the native proxy running. */
@@ -140,14 +145,17 @@ export class World {
   async #wire(): Promise<void> {
     const { topology, client, server } = this;
     const { wiring } = this.mode;
-    const pods = [client, server, ...(this.#shared ? [this.#shared] : [])];
+    const pods = [client, server, ...(this.proxy ? [this.proxy] : [])];
     await topology.add(...pods);
+    // The same on every machine, and not one that paces (bbr), which hides what the path costs. A namespace may have the
+    // kernel's unrestricted ones only, and cubic need not be one.
+    for (const pod of pods) pod.netns.run(['sysctl', '-qw', 'net.ipv4.tcp_congestion_control=reno']);
     // A proxy that keeps the client's address picks a port for it. Were it the client's own port, conntrack would take two
     // connections for one, and netfilter modes would lose a few of thousands: the proxies' ports are others than the
     // client's (32768 and up), in every mode.
     for (const pod of pods.slice(1)) pod.netns.run(['sysctl', '-qw', `net.ipv4.ip_local_port_range=${PROXY_PORTS}`]);
     if (wiring.rules) {
-      if (this.#shared) sharedRules(topology, this.#shared, [client, server], wiring.tunnel ?? 'none');
+      if (this.proxy) sharedRules(topology, this.proxy, [client, server], wiring.tunnel ?? 'none');
       else for (const pod of [client, server]) inPodRules(pod);
     }
     await this.#serve();
@@ -160,8 +168,17 @@ export class World {
     const { netns } = this.server;
     const { peer, fortio } = this.#options;
     const start = (argv: string[]) => this.topology.testbed.start(netns.argv(argv));
-    const counters = join(this.#directory, 'server');
-    start([peer, 'server', '--http', `${PORTS.http}`, '--echo', `${PORTS.echo}`, '--counters', counters]);
+    const counters = join(this.directory, 'server');
+    this.#server = start([
+      peer,
+      'server',
+      '--http',
+      `${PORTS.http}`,
+      '--echo',
+      `${PORTS.echo}`,
+      '--counters',
+      counters,
+    ]);
     start(['iperf3', '--server', '--port', `${PORTS.iperf}`]);
     const ports: number[] = [PORTS.http, PORTS.echo, PORTS.iperf];
     if (fortio !== undefined) {
@@ -172,18 +189,23 @@ export class World {
     await until(`servers listen in ${netns.name}`, () => allListen(netns, ports), 20_000);
   }
 
+  /** Ends the native server. */
+  async stopServer(): Promise<void> {
+    await this.#server?.stop('SIGKILL');
+  }
+
   /** Puts this kind of proxy in the place of the one that runs. */
   async useProxy(kind: ProxyKind): Promise<void> {
     const { proxies } = this.mode.wiring;
     if (this.#kind === kind || proxies === 'none') return;
     for (const proxy of Object.values(this.#proxies)) await proxy.stop();
     const start = (pod: Pod, label: 'shared' | 'client' | 'server', inPod: boolean) =>
-      startProxy(kind, this.topology.testbed, pod.netns, this.#directory, this.#options.peer, {
+      startProxy(kind, this.topology.testbed, pod.netns, this.directory, this.#options.peer, {
         listeners: this.#listeners(label),
         inPod,
       });
-    if (this.#shared) {
-      this.#proxies = { shared: await start(this.#shared, 'shared', false) };
+    if (this.proxy) {
+      this.#proxies = { shared: await start(this.proxy, 'shared', false) };
     } else {
       this.#proxies = {
         client: await start(this.client, 'client', true),
@@ -221,7 +243,7 @@ export class World {
   target(port: number, family: Family): { address: string; port: number } {
     const { fixed } = this.mode.wiring;
     if (!fixed) return { address: this.server.addresses[family], port };
-    const address = this.#shared ? this.#shared.addresses[family] : { 4: '127.0.0.1', 6: '::1' }[family];
+    const address = this.proxy ? this.proxy.addresses[family] : { 4: '127.0.0.1', 6: '::1' }[family];
     return { address, port: this.#fixedPort(port, family) };
   }
 
@@ -233,15 +255,15 @@ export class World {
   evidence(): Evidence {
     const { wiring } = this.mode;
     const { node, stateDir } = this.topology;
-    const namespaces = [this.client, this.server, ...(this.#shared ? [this.#shared] : [])].map((pod) => pod.netns);
+    const namespaces = [this.client, this.server, ...(this.proxy ? [this.proxy] : [])].map((pod) => pod.netns);
     return {
       proxies: Object.fromEntries(Object.entries(this.#proxies).map(([name, proxy]) => [name, proxy.count()])),
       ours: existsSync(join(stateDir, 'counters')) ? increases([], counters(stateDir)) : {},
       hooks: this.#hooks,
-      rules: this.#shared
+      rules: this.proxy
         ? matched([node], /--set-xmark 0x100\/0x100/)
         : leastOf([matched([this.client.netns], /--to-ports 15001/), matched([this.server.netns], /--to-ports 15006/)]),
-      tunnel: this.#shared ? received(this.#shared.netns, PROXY_TUNNEL) : null,
+      tunnel: this.proxy ? received(this.proxy.netns, PROXY_TUNNEL) : null,
       timeWait: namespaces.reduce((sum, namespace) => sum + timeWait(namespace), 0),
       ...(wiring.proxies === 'none' && { rules: matched([node], /-j/) }),
     };

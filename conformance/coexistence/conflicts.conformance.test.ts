@@ -60,6 +60,9 @@ describe.each([
     expect(await proxied(subject)).toBe(0);
     const what = /^warning: (ingress|egress) of \S+: TCX program \d+ \(foreign_ok\) runs before ours; what it ends/;
     expect(await named(subject)).toEqual([expect.stringMatching(what), expect.stringMatching(what)]);
+    expect(await site.check(subject)).toMatch(
+      /^ambient-redirect: warn: ingress of \S+: TCX program \d+ \(foreign_ok\)/,
+    );
   });
 
   on('clsact')('a filter that ends the chain, put ahead of ours: doctor names it', async () => {
@@ -71,6 +74,7 @@ describe.each([
     const what =
       /^warning: (ingress|egress) of \S+: a bpf filter of priority 1 \(foreign_ok\S*\) runs before ours; what it/;
     expect(await named(subject)).toEqual([expect.stringMatching(what), expect.stringMatching(what)]);
+    expect(await site.check(subject)).toMatch(/^ambient-redirect: warn: ingress of \S+: a bpf filter of priority 1 /);
   });
 
   on('tcx')('a TCX program that ends the chain, there at ADD: ours goes ahead of it', async () => {

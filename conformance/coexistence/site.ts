@@ -280,7 +280,7 @@ export class Site {
       } else {
         if (foreign === 'tcx ahead') this.foreign.tcx(subject.hostIfindex, 'foreign_pass', 'first');
         const late = await this.add(subject, after, first).then(() => undefined, asPluginError);
-        if (late === undefined) await this.#judge(subject, combination, whole, hostPort);
+        if (late === undefined) await this.#judge(subject, combination, hostPort);
         else {
           assert.equal(endingOf(combination), 'impossible', `${late.type}'s ADD: ${late.message}`);
           await this.#assertFailsWithoutUs(combination, late);
@@ -303,20 +303,21 @@ export class Site {
     return ending;
   }
 
+  /** CHECK of our plugin alone; what it said on stderr. */
+  async check(subject: Subject): Promise<string> {
+    await this.runtime.check(subject.list([this.ours]), subject.rt);
+    return this.runtime.calls.at(-1)?.outcome.stderr ?? '';
+  }
+
   /** DEL of the chain, and the namespace. */
   async remove(subject: Subject, plugins: readonly PluginConf[]): Promise<void> {
     await this.runtime.del(subject.list(plugins), subject.rt);
     removeNetns(subject.pod.netns);
   }
 
-  async #judge(
-    subject: Subject,
-    combination: Combination,
-    whole: readonly PluginConf[],
-    hostPort: number,
-  ): Promise<void> {
+  async #judge(subject: Subject, combination: Combination, hostPort: number): Promise<void> {
     const { chained, foreign, family } = combination;
-    const { pod, rt } = subject;
+    const { pod } = subject;
     await pod.endpoint.listen(PORT);
 
     const out = await this.outbound(subject, family);
@@ -345,12 +346,14 @@ export class Site {
 
     // portmap 1.1.1's CHECK always fails (reference.conformance.test.ts), and Debian's sbr and firewall want more than
     // their own ADD made; what has to hold is ours.
-    await this.runtime.check(subject.list(whole.filter(({ type }) => type === 'ambient-redirect')), rt);
+    const said = await this.check(subject);
     const named = (await this.doctor(subject)).map(({ level, text }) => `${level}: ${text}`).join('\n');
+    if (foreign !== 'tcx ahead') assert.equal(said, '', 'CHECK says nothing');
     if (foreign === 'none') assert.doesNotMatch(named, /foreign_/);
-    else if (foreign === 'tcx ahead')
+    else if (foreign === 'tcx ahead') {
       assert.match(named, /^warning: TCX program \d+ \(foreign_pass\) runs before ours/m);
-    else if (foreign === 'tcx behind') assert.match(named, /^note: TCX program \d+ \(foreign_pass\) is there too/m);
+      assert.match(said, /^ambient-redirect: warn: ingress of \S+: TCX program \d+ \(foreign_pass\) runs before ours/m);
+    } else if (foreign === 'tcx behind') assert.match(named, /^note: TCX program \d+ \(foreign_pass\) is there too/m);
     else assert.match(named, /^note: a bpf filter of priority [12] .* is there too/m);
   }
 

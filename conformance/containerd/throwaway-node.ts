@@ -42,6 +42,9 @@ export type Conflist = {
   plugins: ({ type: string } & Record<string, unknown>)[];
 };
 
+/** What a pod has beside its name. */
+export type PodMore = Pick<PodSandboxConfig, 'annotations' | 'labels' | 'port_mappings'> & { uid?: string };
+
 export type Pod = {
   id: string;
   config: PodSandboxConfig;
@@ -210,13 +213,9 @@ export class ThrowawayNode {
   }
 
   /** RunPodSandbox as kubelet asks for it. */
-  async runPod(
-    namespace: string,
-    name: string,
-    more: Pick<PodSandboxConfig, 'annotations' | 'labels' | 'port_mappings'> = {},
-  ): Promise<Pod> {
+  async runPod(namespace: string, name: string, { uid = randomUUID(), ...more }: PodMore = {}): Promise<Pod> {
     const config: PodSandboxConfig = {
-      metadata: { name, namespace, uid: randomUUID() },
+      metadata: { name, namespace, uid },
       hostname: name,
       linux: { cgroup_parent: `/${this.name}/${name}` },
       ...more,

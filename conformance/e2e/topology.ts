@@ -41,6 +41,8 @@ export interface TopologyOptions {
 
 export interface PodOptions {
   namespace?: string;
+  /** Of the pod, where it is not the label. */
+  name?: string;
   /** As the runtime has it, where the pod has one. */
   uid?: string;
   enroll?: boolean;
@@ -205,7 +207,7 @@ export class Topology {
       CNI_ARGS: [
         'IgnoreUnknown=1',
         `K8S_POD_NAMESPACE=${pod.options.namespace ?? 'default'}`,
-        `K8S_POD_NAME=${pod.label}`,
+        `K8S_POD_NAME=${pod.options.name ?? pod.label}`,
         `K8S_POD_INFRA_CONTAINER_ID=${pod.containerId}`,
         ...(pod.options.uid === undefined ? [] : [`K8S_POD_UID=${pod.options.uid}`]),
       ].join(';'),

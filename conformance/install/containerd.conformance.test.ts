@@ -79,6 +79,27 @@ test('containerd takes a change of our entry while it runs', async () => {
   );
 });
 
+test('containerd takes a list of our own, which is read before the primary’s', async () => {
+  const owned = ['install', '--owned-conflist', '--enrollment', 'all', '--exclude-namespaces', 'istio-system'];
+  expect(await command(...owned)).toContain('/etc/cni/net.d/02-ambient-redirect.conflist: made 02-ambient-redirect');
+  expect((await readdir(netDir())).sort()).toEqual([
+    '02-ambient-redirect.conflist',
+    '10-pods.conf',
+    '99-loopback.conf',
+  ]);
+  expect(await readFile(netDir('10-pods.conf'), 'utf8')).toBe(lone);
+  // containerd 1.6 reads the directory at each change of it; that it has is seen by what it does.
+  const other = await runWorkload(node, 'other');
+  pods.push(other.pod);
+  for (const address of server.pod.addresses) {
+    const { uri } = await ask(node, other, address);
+    expect(await haproxy.sightingsOf(uri)).toMatchObject([{ listener: 'outbound', destination: address }]);
+  }
+  // Back to an entry in the primary's.
+  await command('install', '--enrollment', 'all', '--exclude-namespaces', 'istio-system');
+  expect((await readdir(netDir())).sort()).toEqual(['10-pods.conflist', '99-loopback.conf']);
+});
+
 test('SIGTERM of install removes nothing', async () => {
   const before = await readFile(netDir('10-pods.conflist'), 'utf8');
   const waiting = node.launch([executable, 'install', '--cni-conf-name', '77-other.conflist']);
@@ -92,7 +113,7 @@ test('SIGTERM of install removes nothing', async () => {
 test('uninstall with running pods: they go on, direct, and the node is as it was', async () => {
   const output = await command('uninstall', '--executable-delay', '0');
   expect(output).toContain('put 10-pods.conf back');
-  expect(output).toContain('2 pods unenrolled\n');
+  expect(output).toContain('3 pods unenrolled\n');
   expect(output).toContain('removed /opt/cni/bin/ambient-redirect\n');
   expect((await readdir(netDir())).sort()).toEqual(['10-pods.conf', '99-loopback.conf']);
   expect(await readFile(netDir('10-pods.conf'), 'utf8')).toBe(lone);

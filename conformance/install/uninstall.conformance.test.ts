@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // `uninstall` under traffic, and cut short by kill -9 after each of its steps.
-import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -81,6 +81,29 @@ test('the executable stays while any file names it, and goes when none does', as
   rmSync(broken);
   expect(await uninstall()).toMatchObject({ status: 0, stderr: '' });
   expect(readdirSync(binDir)).toEqual([]);
+});
+
+test("CRI-O calls DEL with its cache's configuration: the executable stays until no pod there names it", async () => {
+  const { stateDir, runDir } = mesh.topology;
+  const cniCacheDir = mkdtempSync(join(root, 'cache-'));
+  const cached = join(cniCacheDir, 'results', 'pods-1234-eth0');
+  mkdirSync(join(cniCacheDir, 'results'));
+  writeFileSync(cached, JSON.stringify({ kind: 'cniCacheV1', config: Buffer.from(conflist).toString('base64') }));
+  writeFileSync(join(cniCacheDir, 'results', 'other'), 'no JSON');
+  const options = { stateDir, runDir, netDir, binDir, drainTimeout: 0, executableDelay: 0, cniCacheDir };
+  const run = async (crioSocket: string) => {
+    const more = JSON.stringify({ ...options, crioSocket });
+    const outcome = await exec(mesh.topology.node.argv([process.execPath, steps, 'uninstall', more]));
+    expect(outcome, outcome.stderr).toMatchObject({ status: 0 });
+    return readdirSync(binDir);
+  };
+  expect(await run(cniCacheDir)).toEqual(['ambient-redirect']);
+  rmSync(cached);
+  expect(await run(cniCacheDir)).toEqual([]);
+  // Without CRI-O the cache is of no interest: containerd calls DEL with the list that is there.
+  writeFileSync(join(binDir, 'ambient-redirect'), '');
+  writeFileSync(cached, JSON.stringify({ config: Buffer.from(conflist).toString('base64') }));
+  expect(await run('/nowhere.sock')).toEqual([]);
 });
 
 test('kill -9 after each step: the next uninstall finishes', async () => {

@@ -22,7 +22,7 @@ describe('Debian’s 6.1 under qemu', () => {
       if (notRun === undefined) {
         const kernel = await findKernel('bookworm');
         ({ release } = kernel);
-        run = await runOn(kernel, { sites: SITES }, 600_000);
+        run = await runOn(kernel, SITES, 600_000);
       }
     } catch (error) {
       if (!(error instanceof NoKernel)) throw error;

@@ -188,23 +188,34 @@ export class ControlPlane {
     });
   }
 
+  /** For good: what the namespace controller does when everything in it is gone. */
+  async removeNamespace(name: string): Promise<void> {
+    const path = `/api/v1/namespaces/${name}`;
+    await this.remove(path);
+    const object = await this.admin.get(path);
+    if (object === null) return;
+    await this.#send('PUT', `${path}/finalize`, { ...object, spec: { finalizers: [] } });
+  }
+
   /** DELETE, which the agent never sends. */
   async remove(path: string, options: Body = {}): Promise<void> {
-    const body = JSON.stringify({ kind: 'DeleteOptions', apiVersion: 'v1', ...options });
+    await this.#send('DELETE', path, { kind: 'DeleteOptions', apiVersion: 'v1', ...options });
+  }
+
+  async #send(method: string, path: string, object: Body): Promise<void> {
+    const body = JSON.stringify(object);
     const headers = {
       authorization: `Bearer ${ADMIN.token}`,
       'content-type': 'application/json',
       'content-length': Buffer.byteLength(body),
     };
     const status = await new Promise<number | undefined>((resolve, reject) => {
-      const sent = request(
-        new URL(path, this.url),
-        { method: 'DELETE', ca: readFileSync(this.caFile), headers },
-        (got) => got.resume().once('end', () => resolve(got.statusCode)),
+      const sent = request(new URL(path, this.url), { method, ca: readFileSync(this.caFile), headers }, (got) =>
+        got.resume().once('end', () => resolve(got.statusCode)),
       );
       sent.once('error', reject).end(body);
     });
-    if (status !== 200 && status !== 202) throw new Error(`DELETE ${path}: ${status}`);
+    if (status !== 200 && status !== 202) throw new Error(`${method} ${path}: ${status}`);
   }
 
   async pod(namespace: string, name: string): Promise<Body | null> {

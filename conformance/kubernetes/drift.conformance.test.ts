@@ -44,8 +44,7 @@ describe.runIf(missingControlPlane() === undefined).each(['tcx', 'clsact'] as co
       testbed.defer(() => native.closeState(opened));
     }, 3_000_000);
     afterAll(async () => {
-      await site?.agent?.stop();
-      site?.close();
+      await site?.close();
       testbed.close();
     });
 

@@ -35,6 +35,8 @@ const PORT = 6443;
 export class Front {
   /** Every request, in order. */
   readonly asked: Asked[] = [];
+  /** Every answer that the API server gave. */
+  readonly answered: (Asked & { status: number })[] = [];
   /** Looked at for each request. */
   fault: (asked: Asked) => Fault | undefined = () => undefined;
   readonly #plane: ControlPlane;
@@ -109,9 +111,10 @@ export class Front {
       watch: url.searchParams.get('watch') === 'true',
     };
     this.asked.push(asked);
+    // It may change what is asked for.
     const fault = this.fault(asked);
-    if (fault === undefined) this.#forward(asking, answer, url);
-    else if ('delayMs' in fault) setTimeout(() => this.#forward(asking, answer, url), fault.delayMs);
+    if (fault === undefined) this.#forward(asked, asking, answer, url);
+    else if ('delayMs' in fault) setTimeout(() => this.#forward(asked, asking, answer, url), fault.delayMs);
     else if ('cut' in fault) asking.socket.destroy();
     else if ('status' in fault) {
       const { status: code, reason, retryAfterSeconds } = fault;
@@ -128,11 +131,12 @@ export class Front {
     }
   }
 
-  #forward(asking: IncomingMessage, answer: ServerResponse, url: URL): void {
+  #forward(asked: Asked, asking: IncomingMessage, answer: ServerResponse, url: URL): void {
     const sent = request(
       url,
       { method: asking.method, headers: { ...asking.headers, host: url.host }, agent: this.#upstream },
       (response) => {
+        this.answered.push({ ...asked, status: response.statusCode ?? 502 });
         answer.writeHead(response.statusCode ?? 502, response.headers);
         answer.flushHeaders();
         this.#forwarded.set(asking.socket, response);

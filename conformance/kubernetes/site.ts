@@ -4,10 +4,14 @@
 // sandbox by the chain of plugins, and its status is reported. The agent runs in the node's network namespace and
 // reaches the API server through a Front there.
 
+import { spawn } from 'node:child_process';
 import { randomUUID } from 'node:crypto';
-import { mkdirSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, rmdirSync, writeFileSync } from 'node:fs';
 import { request } from 'node:http';
 import { join } from 'node:path';
+import { loadNative } from '../../plugin/addon.ts';
+import type { ExclusionRule } from '../../plugin/native.ts';
+import type { Attachment } from '../chain.ts';
 import {
   executable,
   type Pod,
@@ -21,7 +25,8 @@ import type { ControlPlane, PodSpec } from './control-plane.ts';
 import { Front } from './front.ts';
 
 export const REDIRECTION = 'ambient.istio.io/redirection';
-export const NODE = 'node-1';
+/** Names of nodes in a test file's API server. */
+export const NODE_PREFIX = 'node-';
 
 export interface SitePod {
   uid: string;
@@ -34,8 +39,10 @@ export interface AgentOptions {
   /** Keys for our conflist entry, over the site's. */
   entry?: Record<string, unknown>;
   reconcileSeconds?: number;
-  /** Instead of the executable: a command line that takes the agent's arguments. */
-  overlay?: string[];
+  /** Before the executable: a command that runs another. */
+  under?: string[];
+  /** More arguments. */
+  more?: string[];
 }
 
 export class Site {
@@ -45,7 +52,9 @@ export class Site {
   readonly nodeName: string;
   tokenFile: string;
   agent: Running | undefined;
+  readonly #processes: (() => Promise<void>)[] = [];
   #agents = 0;
+  #sandboxes = 0;
 
   private constructor(plane: ControlPlane, front: Front, topology: Topology, nodeName: string) {
     this.plane = plane;
@@ -70,7 +79,7 @@ export class Site {
     }
   }
 
-  startAgent({ entry = {}, reconcileSeconds = 30, overlay }: AgentOptions = {}): Running {
+  startAgent({ entry = {}, reconcileSeconds = 30, under = [], more = [] }: AgentOptions = {}): Running {
     const { topology, front, plane } = this;
     const directory = join(topology.runDir, '..', `agent-${++this.#agents}`);
     mkdirSync(directory);
@@ -86,12 +95,14 @@ export class Site {
     };
     writeFileSync(conf, JSON.stringify({ cniVersion: '1.0.0', name: 'pods', plugins: [ours] }));
     const argv = [
-      ...(overlay ?? [executable]),
+      ...under,
+      executable,
       'agent',
       ...['--state-dir', topology.stateDir, '--run-dir', topology.runDir, '--conf', conf],
       ...['--zds-socket', join(directory, 'zds.sock'), '--address', '127.0.0.1'],
       ...['--node-name', this.nodeName, '--reconcile-seconds', String(reconcileSeconds)],
       ...['--kube-api', front.url, '--kube-ca-file', plane.caFile, '--kube-token-file', this.tokenFile],
+      ...more,
     ];
     this.agent = topology.testbed.start(topology.node.argv(argv));
     return this.agent;
@@ -105,11 +116,77 @@ export class Site {
     const { plane, topology, nodeName } = this;
     const uid = await plane.createPod({ ...spec, node: nodeName });
     const { staticUid, plugin = true, ...more } = options;
-    const sandbox = topology.pod(spec.name, { namespace: spec.namespace, uid: staticUid ?? uid, ...more });
+    const { namespace, name } = spec;
+    const sandbox = topology.pod(this.#label(), { namespace, name, uid: staticUid ?? uid, ...more });
     await topology.addPrimary(sandbox);
     if (plugin) await topology.addOurs(sandbox);
     await plane.setPodStatus(spec.namespace, spec.name, 'Running', [sandbox.addresses[4], sandbox.addresses[6]]);
     return { uid, namespace: spec.namespace, name: spec.name, sandbox };
+  }
+
+  /**
+   * A process of the pod's, in the cgroup that kubelet and containerd would give it: below that of its UID, by the name
+   * of its container. Returns how to end it.
+   */
+  async process(pod: SitePod, containerId = pod.sandbox.containerId.repeat(2)): Promise<() => Promise<void>> {
+    const { testbed } = this.topology;
+    const parent = join('/sys/fs/cgroup/pids', `${testbed.id}-pod${pod.uid}`);
+    const cgroup = join(parent, containerId);
+    for (const directory of [parent, cgroup]) {
+      if (existsSync(directory)) continue;
+      mkdirSync(directory);
+      testbed.defer(() => rmdirSync(directory));
+    }
+    const [file = '', ...rest] = pod.sandbox.netns.argv(['setpriv', '--pdeathsig', 'KILL', '--', 'sleep', '600']);
+    const child = spawn(file, rest, { stdio: 'ignore' });
+    const ended = new Promise<void>((resolve) => child.once('close', () => resolve()));
+    if (child.pid === undefined) throw new Error(`no process for ${pod.name}`);
+    writeFileSync(join(cgroup, 'cgroup.procs'), String(child.pid));
+    const end = () => {
+      child.kill('SIGKILL');
+      return ended;
+    };
+    this.#processes.push(end);
+    return end;
+  }
+
+  /** Two pods of one name may follow each other. */
+  #label(): string {
+    return `pod${++this.#sandboxes}`;
+  }
+
+  /** Another sandbox of a pod whose first one is gone, and its report. */
+  async newSandbox(pod: SitePod): Promise<SitePod> {
+    const { topology, plane } = this;
+    const sandbox = topology.pod(this.#label(), pod.sandbox.options);
+    await topology.add(sandbox);
+    await plane.setPodStatus(pod.namespace, pod.name, 'Running', [sandbox.addresses[4], sandbox.addresses[6]]);
+    return { ...pod, sandbox };
+  }
+
+  /** `pods -o json` on this node. */
+  async attachments(): Promise<Attachment[]> {
+    const { node, stateDir, runDir } = this.topology;
+    const argv = [executable, 'pods', '-o', 'json', '--state-dir', stateDir, '--run-dir', runDir];
+    const { status, stdout, stderr } = await node.exec(argv);
+    if (status !== 0) throw new Error(`pods: exit ${status}: ${stderr}`);
+    return JSON.parse(stdout) as Attachment[];
+  }
+
+  /** The row of a pod's sandbox. */
+  async attachment({ sandbox }: SitePod): Promise<Attachment | undefined> {
+    return (await this.attachments()).find(({ containerId }) => containerId === sandbox.containerId);
+  }
+
+  /** What the map has for the pod's interface. */
+  exclusions({ sandbox }: SitePod): ExclusionRule[] {
+    const native = loadNative();
+    const state = native.openState(this.topology.stateDir);
+    try {
+      return native.getExclusions(state, sandbox.hostIfindex);
+    } finally {
+      native.closeState(state);
+    }
   }
 
   /** A ztunnel's pod, which becomes the node's proxy. */
@@ -207,7 +284,10 @@ print(answer.status); print(answer.read().decode())`;
     return `/api/v1/namespaces/${pod.namespace}/pods/${pod.name}`;
   }
 
-  close(): void {
+  async close(): Promise<void> {
+    // A cgroup can be removed when its processes are gone.
+    await Promise.all(this.#processes.map((end) => end()));
+    await this.agent?.stop('SIGKILL');
     this.topology.close();
   }
 }

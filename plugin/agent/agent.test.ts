@@ -428,6 +428,11 @@ describe('ports', () => {
     } as Agent);
     try {
       expect(await get(ports.health, '/healthz')).toEqual({ status: 200, body: 'ok\n' });
+      expect(await get(ports.health, '/readyz')).toEqual({
+        status: 503,
+        body: 'state: state and kernel have not been compared yet\n',
+      });
+      await agent.reconcile('test');
       expect(await get(ports.health, '/readyz')).toEqual({ status: 200, body: 'ok\n' });
       agent.readiness.add('test', () => 'not yet');
       expect(await get(ports.health, '/readyz')).toEqual({ status: 503, body: 'test: not yet\n' });

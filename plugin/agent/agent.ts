@@ -26,13 +26,14 @@ import type { AttachBody, AttachmentName, Decision } from '../agent-client.ts';
 import { attachmentKey, hex } from '../attachments.ts';
 import { settingsOf } from '../cli/directories.ts';
 import { CniError, Code } from '../cni/errors.ts';
-import { decide as decideTarget } from '../commands/target.ts';
+import { decide as decideTarget, enrolmentOf } from '../commands/target.ts';
 import { attach, describePod, detach, isDead, sweepDead, type Target } from '../datapath.ts';
 import { beginDrain, isDraining, tryEndDrains } from '../drain.ts';
+import { isUninstalled } from '../install/entry.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.ts';
 import { countPending, listPending, type PendingPod, removePending } from '../pending.ts';
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
-import type { PodIdentity } from '../redirect/enrolment.ts';
+import { type PodIdentity, podIdentity } from '../redirect/enrolment.ts';
 import { hasCode, isNativeError, kernelReason, openState } from '../state.ts';
 import { ZdsError, ZdsServer } from '../zds/server.ts';
 import type { AgentLog } from './log.ts';
@@ -237,8 +238,16 @@ export class Agent {
   }
 
   async #enrolOne(key: AttachmentKey, record: AttachmentRecord, pending: PendingPod | undefined): Promise<void> {
+    if (isUninstalled(this.settings.runDir)) {
+      throw new CniError(Code.TRY_AGAIN_LATER, 'uninstall was run on this node', 'install undoes it');
+    }
     const inMesh = record.state === 'attached' && record.role === 'pod' && !isDraining(this.native, record);
-    const { target, config } = pending === undefined ? this.#targetOf(key, record) : this.#replay(pending);
+    const { target, config } = pending === undefined ? this.#targetOf(key, record) : await this.#replay(pending);
+    if (target.role !== 'pod') {
+      removePending(this.settings.runDir, key);
+      this.log.info({ pod: describePod(record) }, 'is not to be in the mesh after all');
+      return;
+    }
     if (!inMesh) {
       if (config.proxy.contract === 'in-pod' && this.#zds?.isLive !== true) throw this.#noZtunnel();
       attach(this.native, config, target);
@@ -246,11 +255,13 @@ export class Agent {
     removePending(this.settings.runDir, key);
     const now = this.#withState((state) => this.native.getAttachment(state, key)) ?? record;
     if (now.contract === 'shared') {
+      if (!inMesh) this.log.info({ pod: describePod(now) }, 'enrolled late');
       this.events.emit('enrolled', podOf(now));
       return;
     }
     try {
       await this.#tell(key, now, DEADLINE_MS);
+      if (!inMesh) this.log.info({ pod: describePod(now) }, 'enrolled late');
     } catch (error) {
       if (!inMesh) {
         detach(this.native, this.#directories(), key);
@@ -428,7 +439,6 @@ export class Agent {
       }
       try {
         await this.#enrolOne(pending.key, record, pending);
-        this.log.info({ pod: describePod(record) }, 'enrolled late');
       } catch (error) {
         this.log.debug({ pod: describePod(record), error: messageOf(error) }, 'cannot be enrolled yet');
       }
@@ -600,13 +610,18 @@ export class Agent {
     });
   }
 
-  /** A request that ADD could not fulfil, as it would be decided now. */
-  #replay({ request }: PendingPod): { target: Target; config: RedirectConfig } {
+  /** A request that ADD could not fulfil, as it is decided now. */
+  async #replay({ request }: PendingPod): Promise<{ target: Target; config: RedirectConfig }> {
     const config = parseConfig(request.conf.raw);
+    let answer: Decision | undefined;
+    if (enrolmentOf(request, config).role === 'undecided') {
+      answer = await this.decide(podIdentity(request.args) ?? { namespace: '', name: '', uid: '' });
+    }
     const netns = this.native.openNetns(request.netns);
     try {
-      const { target, config: wanted } = decideTarget(this.native, request, netns, config, true);
-      return { target: { ...target, role: 'pod', strict: false }, config: wanted };
+      const { target, config: wanted } = decideTarget(this.native, request, netns, config, answer?.enrol);
+      const pod = { ...target.pod, serviceAccount: answer?.serviceAccount ?? target.pod.serviceAccount };
+      return { target: { ...target, pod, strict: false }, config: wanted };
     } finally {
       this.native.close(netns);
     }

@@ -6,6 +6,7 @@
 import { hex } from '../attachments.ts';
 import { listenerState } from '../cli/survey.ts';
 import { attach, describePod, type Finding, type FindingKind, inOwnNetns, isDead, verify } from '../datapath.ts';
+import { isUninstalled } from '../install/entry.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.ts';
 import type { RedirectConfig } from '../redirect/config.ts';
 import { openState } from '../state.ts';
@@ -156,7 +157,7 @@ export class Truth {
     const { native, config, onDrift, onRepaired, onUnrepaired } = this.#options;
     await new Promise(setImmediate);
     const record = native.getAttachment(state, key);
-    if (record?.state !== 'attached') return;
+    if (record?.state !== 'attached' || isUninstalled(config.runDir)) return;
     const findings = this.#findings(state, { key, record });
     if (findings.length === 0 || isDead(native, record)) return;
     const pod = describePod(record);

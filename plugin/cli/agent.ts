@@ -2,6 +2,8 @@
 // `agent`: the process around plugin/agent/agent.ts. Ends on SIGTERM or SIGINT and leaves the data path up.
 
 import { Agent } from '../agent/agent.ts';
+import { addAmbientConfig } from '../agent/ambient-config.ts';
+import { addConflistWatch } from '../agent/conflist.ts';
 import { servePorts } from '../agent/http.ts';
 import { addKubernetes, clusterAccess } from '../agent/kubernetes/part.ts';
 import { createAgentLog } from '../agent/log.ts';
@@ -21,6 +23,7 @@ export async function agent(native: Native, settings: AgentSettings): Promise<nu
       const onError = (error: Error) => log.error({ error: error.message }, 'the earlier list of pods stays in force');
       running.directories.push(new WorkloadsFile(settings.workloads, onError));
     }
+    const conflist = addConflistWatch(running);
     const access = clusterAccess(settings);
     const kubernetes = access === undefined ? undefined : addKubernetes(running, access);
     await running.start();
@@ -31,6 +34,11 @@ export async function agent(native: Native, settings: AgentSettings): Promise<nu
     close.unshift(() => ports.close());
     log.info({ zds: settings.zdsSocket, monitoring: ports.monitoring, health: ports.health }, 'the agent serves');
     await running.reconcile('start');
+    const endConfig = addAmbientConfig({ native, settings, log, zds: () => running.zds });
+    close.unshift(async () => endConfig());
+    conflist.on('state', () => kubernetes?.look());
+    conflist.start();
+    close.unshift(async () => conflist.stop());
     kubernetes?.start();
     if (kubernetes !== undefined) close.unshift(() => kubernetes.stop());
     log.info({ signal: await signal }, 'the agent ends; what it attached stays');

@@ -75,9 +75,55 @@ describe('conflists', () => {
     ]);
   });
 
-  test('another mesh plugin in the chain', () => {
-    write('10-pods.conflist', [{ type: 'ptp' }, ours, { type: 'istio-cni' }]);
-    expect(found()).toEqual(['warning: istio-cni is in the same chain; it may redirect the same pods']);
+  test('a plugin behind us that changes the interface', () => {
+    write('10-pods.conflist', [{ type: 'ptp' }, ours, { type: 'portmap' }, { type: 'tuning' }]);
+    expect(found()).toEqual([
+      'fails: our entry is before portmap, tuning: what they change of the interface is not what we attached to',
+    ]);
+  });
+
+  test('our entry twice', () => {
+    write('10-pods.conflist', [{ type: 'ptp' }, ours, ours]);
+    expect(found()).toEqual(['fails: our entry is there 2 times']);
+  });
+
+  test('alone in a file of the old kind', () => {
+    writeFileSync(join(directory, '10.conf'), JSON.stringify({ cniVersion: '1.0.0', name: 'n', ...ours }));
+    expect(found()).toEqual([
+      'fails: our entry is the first of the chain; it needs the interface that another plugin made',
+    ]);
+  });
+
+  test.each<[object, string]>([
+    [
+      { type: 'istio-cni', Ambient_Enabled: true },
+      'fails: istio-cni is in the same chain with ambient mode on: both redirect the same pods',
+    ],
+    [{ type: 'kmesh-cni' }, 'warning: kmesh-cni is in the same chain; it may redirect the same pods'],
+    [{ type: 'merbridge-cni' }, 'warning: merbridge-cni is in the same chain; it may redirect the same pods'],
+    [{ TYPE: 'linkerd-cni' }, 'warning: linkerd-cni is in the same chain; it may redirect the same pods'],
+  ])('another mesh plugin in the chain: %j', (plugin, expected) => {
+    write('10-pods.conflist', [{ type: 'ptp' }, ours, plugin]);
+    expect(found()).toEqual([expected]);
+  });
+
+  test('istio-cni for sidecars', () => {
+    write('10-pods.conflist', [{ type: 'ptp' }, { type: 'istio-cni', ambient_enabled: false }, ours]);
+    expect(found()).toEqual([
+      'ok: chain: ptp, istio-cni, ambient-redirect',
+      'note: istio-cni is in the same chain, for sidecars',
+    ]);
+  });
+
+  test('a version that we do not speak', () => {
+    write('10-pods.conflist', [{ type: 'ptp' }, ours], '0.2.0');
+    expect(found()).toEqual(['fails: cniVersion 0.2.0: ADD answers with code 1; install sets 1.0.0']);
+  });
+
+  test('loopback before us: containerd gives pods nothing else', () => {
+    writeFileSync(join(directory, '01-lo.conf'), JSON.stringify({ type: 'loopback', name: 'lo' }));
+    write('10-pods.conflist', [{ type: 'ptp' }, ours]);
+    expect(found()).toEqual(['warning: a file that sorts before it is read instead, by runtimes that take one']);
   });
 
   test('an invalid entry is reported with its key', () => {
@@ -95,7 +141,11 @@ describe('conflists', () => {
 
   test('the first file is no JSON', () => {
     writeFileSync(join(directory, '01.conflist'), '{');
-    expect(found()[0]).toMatch(/^warning: cannot decode network configuration/);
+    write('10-pods.conflist', [{ type: 'ptp' }, ours]);
+    expect(found()).toEqual([
+      expect.stringMatching(/^warning: cannot decode .*; containerd starts no pod while this is its first file$/),
+      'warning: a file that sorts before it is read instead, by runtimes that take one',
+    ]);
   });
 
   test('no directory', () => {

@@ -2,16 +2,19 @@
 // `doctor`: what of this machine the plugin needs, what is there, and what would not work and why. Changes nothing,
 // and goes on past everything that cannot be looked at.
 
-import { readdirSync, readFileSync, statSync } from 'node:fs';
+import { readFileSync, statSync } from 'node:fs';
 import { arch, release } from 'node:os';
 import { dirname, join } from 'node:path';
 import { CniError } from '../cni/errors.ts';
-import { decodeDocument } from '../cni/netconf.ts';
+import { SUPPORTED_VERSIONS } from '../cni/version.ts';
 import { describePod } from '../datapath.ts';
-import { type AttachmentRecord, HOST, type Native } from '../native.ts';
+import { othersAt } from '../foreign.ts';
+import { isAmbientIstio, isRightPlace, type ListedPlugin, type NetworkFile, PLUGIN_TYPE } from '../install/conflist.ts';
+import { type FoundFile, readNetworkDirectory } from '../install/network-directory.ts';
+import type { AttachmentRecord, Native } from '../native.ts';
+import { ANNOTATIONS_CAPABILITY } from '../redirect/annotations.ts';
 import { declaresCapability, parseConfig } from '../redirect/config.ts';
-import type { Directories } from '../state.ts';
-import { isEntry } from './directories.ts';
+import { type Directories, hasCode } from '../state.ts';
 import { type Survey, survey } from './survey.ts';
 import { formatTable } from './table.ts';
 import { printable, type Terminal } from './terminal.ts';
@@ -109,9 +112,9 @@ export function doctor(
 }
 
 export function diagnose(native: Native, directories: Directories, confDir: string): Diagnosis {
-  const features = native.features();
+  const features = knownFeatures(native);
   const findings: Finding[] = [
-    ...VARIANTS.filter(({ feature, required }) => required && features[feature] !== true).map(
+    ...VARIANTS.filter(({ feature, required }) => required && features[feature] === false).map(
       ({ feature, since }): Finding => ({
         level: 'fails',
         subject: 'kernel',
@@ -131,6 +134,16 @@ export function diagnose(native: Native, directories: Directories, confDir: stri
     },
   ];
   return { kernel: { release: release(), architecture: arch(), features }, findings };
+}
+
+/** Without the right to load programs nothing can be tried: {}. The missing capability is a finding of its own. */
+function knownFeatures(native: Native): Record<string, boolean> {
+  try {
+    return native.features();
+  } catch (error) {
+    if (hasCode(error, 'EPERM')) return {};
+    throw error;
+  }
 }
 
 /** linux/capability.h */
@@ -187,33 +200,15 @@ function state(native: Native, directories: Directories): Finding[] {
   ];
 }
 
-/**
- * Others' programs and filters on the host-side interfaces that ours are on. Those that run before ours keep from it
- * whatever they end the chain for. A TCX program runs before every filter.
- */
+/** Others' programs and filters on the host-side interfaces that ours are on. */
 function foreignPrograms(native: Native, found: Survey): Finding[] {
-  const findings: Finding[] = [];
-  const hasTcx = native.features().tcx === true;
-  for (const { record, present } of found.attachments) {
-    if (!present || record.hooks.length === 0) continue;
-    for (const direction of ['ingress', 'egress'] as const) {
-      const own = record.hooks.find((hook) => hook.direction === direction && !hook.inNetns);
-      let reached = false;
-      const look = (programId: number, what: string) => {
-        if (programId === own?.programId) reached = true;
-        else findings.push(foreign(`${direction} of ${record.hostIfname}`, what, own !== undefined && !reached));
-      };
-      if (hasTcx) {
-        for (const { programId } of native.queryTcx(HOST, record.hostIfindex, direction)) {
-          look(programId, `TCX program ${programId} (${nameOf(native, programId)})`);
-        }
-      }
-      for (const { programId, kind, priority, name } of native.filters(HOST, record.hostIfindex, direction)) {
-        look(programId, `a ${kind} filter of priority ${priority}${name === '' ? '' : ` (${printable(name)})`}`);
-      }
-    }
-  }
-  return findings;
+  return found.attachments
+    .filter(({ record, present }) => present && record.hooks.length > 0)
+    .flatMap(({ record }) =>
+      othersAt(native, record).map(({ direction, what, ahead }) =>
+        foreign(`${direction} of ${record.hostIfname}`, printable(what), ahead),
+      ),
+    );
 }
 
 function foreign(subject: string, what: string, ahead: boolean): Finding {
@@ -252,85 +247,99 @@ function macOf(native: Native, record: AttachmentRecord): string | undefined {
   }
 }
 
-function nameOf(native: Native, programId: number): string {
-  return printable(native.programById(programId)?.name ?? 'gone');
-}
-
 /** The files as a runtime reads them: by name, and containerd takes the first only. */
 export function conflists(directory: string): Finding[] {
-  let names: string[];
+  let found: FoundFile[];
   try {
-    names = readdirSync(directory)
-      .filter((name) => /\.(conf|conflist|json)$/.test(name))
-      .sort();
+    found = readNetworkDirectory(directory);
   } catch (error) {
     const text = `${directory} cannot be read: ${(error as NodeJS.ErrnoException).code}`;
     return [{ level: 'note', subject: 'conflist', text }];
   }
-  const findings = names.flatMap((name, index) => conflist(join(directory, name), index === 0));
-  if (findings.length > 0) return findings;
-  return [
-    { level: 'note', subject: 'conflist', text: `no file of ${directory} has an entry of type "ambient-redirect"` },
-  ];
+  const ours = found.filter(({ file }) => file?.plugins.some(({ type }) => type === PLUGIN_TYPE));
+  const [read] = found;
+  const findings = ours.flatMap((each) => conflist(directory, each, each === read));
+  if (read !== undefined && read.file === undefined) {
+    const text = `${read.reason}; containerd starts no pod while this is its first file`;
+    findings.unshift({ level: 'warning', subject: join(directory, read.name), text });
+  }
+  if (ours.length > 0) return findings;
+  const text = `no file of ${directory} has an entry of type "${PLUGIN_TYPE}"`;
+  return [...findings, { level: 'note', subject: 'conflist', text }];
 }
 
-function conflist(path: string, first: boolean): Finding[] {
-  const finding = (level: Finding['level'], text: string): Finding => ({ level, subject: path, text });
-  let document: Readonly<Record<string, unknown>>;
-  try {
-    document = decodeDocument(readFileSync(path));
-  } catch (error) {
-    return first ? [finding('warning', error instanceof Error ? error.message : String(error))] : [];
-  }
-  const plugins = Array.isArray(document.plugins) ? document.plugins : [document];
-  const at = plugins.findIndex(isEntry);
-  if (at < 0) return [];
-
-  const types = plugins.map((plugin: unknown) =>
-    typeof plugin === 'object' && plugin !== null ? String(Reflect.get(plugin, 'type')) : '?',
-  );
+function conflist(directory: string, { name, file }: FoundFile, isRead: boolean): Finding[] {
+  if (file === undefined) return [];
   const findings: Finding[] = [];
-  if (!first)
-    findings.push(finding('warning', 'a file that sorts before it is read instead, by runtimes that take one'));
-  if (at === 0)
-    findings.push(
-      finding('fails', 'our entry is the first of the chain; it needs the interface that another plugin made'),
+  const say = (level: Finding['level'], text: string) => {
+    findings.push({ level, subject: join(directory, name), text });
+  };
+  const { plugins, kind } = file;
+  const types = plugins.map(({ type }) => type);
+  const at = types.indexOf(PLUGIN_TYPE);
+  if (!isRead) say('warning', 'a file that sorts before it is read instead, by runtimes that take one');
+  if (kind === 'single' || at === 0) {
+    say('fails', 'our entry is the first of the chain; it needs the interface that another plugin made');
+  } else if (!isRightPlace(plugins, at)) {
+    const later = types.slice(at + 1).join(', ');
+    say('fails', `our entry is before ${later}: what they change of the interface is not what we attached to`);
+  }
+  const count = types.filter((type) => type === PLUGIN_TYPE).length;
+  if (count > 1) say('fails', `our entry is there ${count} times`);
+  for (const text of entryFaults(plugins[at] as ListedPlugin)) say('fails', text);
+  if (types.indexOf('bandwidth', at) > at && !declares(plugins[at] as ListedPlugin, 'bandwidth')) {
+    say(
+      'warning',
+      'bandwidth follows, and our entry does not declare the capability "bandwidth": its queue would be skipped',
     );
-  const entry = plugins[at] as Readonly<Record<string, unknown>>;
+  }
+  for (const plugin of plugins) {
+    const { type } = plugin;
+    if (isAmbientIstio(plugin))
+      say('fails', 'istio-cni is in the same chain with ambient mode on: both redirect the same pods');
+    else if (type === 'istio-cni') say('note', 'istio-cni is in the same chain, for sidecars');
+    else if (RIVALS.includes(type)) say('warning', `${type} is in the same chain; it may redirect the same pods`);
+  }
+  versionFindings(file, say);
+  if (findings.every(({ level }) => level === 'note')) {
+    findings.unshift({
+      level: 'ok',
+      subject: join(directory, name),
+      text: `chain: ${types.map(printable).join(', ')}`,
+    });
+  }
+  return findings;
+}
+
+const RIVALS = ['kmesh-cni', 'merbridge-cni', 'linkerd-cni'];
+
+function declares({ fields }: ListedPlugin, capability: string): boolean {
+  return declaresCapability({ raw: fields, runtimeConfig: {} }, capability);
+}
+
+function entryFaults(entry: ListedPlugin): string[] {
   try {
-    const config = parseConfig(entry);
-    const declares = (capability: string) => declaresCapability({ raw: entry, runtimeConfig: {} }, capability);
-    if (config.enrollment === 'annotation' && !declares('io.kubernetes.cri.pod-annotations')) {
-      findings.push(
-        finding(
-          'fails',
-          'enrollment is "annotation", and the capability io.kubernetes.cri.pod-annotations is not declared',
-        ),
-      );
-    }
-    if (types.indexOf('bandwidth', at) > at && !declares('bandwidth')) {
-      findings.push(
-        finding(
-          'warning',
-          'bandwidth follows, and our entry does not declare the capability "bandwidth": its queue would be skipped',
-        ),
-      );
-    }
+    const { enrollment } = parseConfig(entry.fields);
+    if (enrollment !== 'annotation' || declares(entry, ANNOTATIONS_CAPABILITY)) return [];
+    return [`enrollment is "annotation", and the capability ${ANNOTATIONS_CAPABILITY} is not declared`];
   } catch (error) {
     if (!(error instanceof CniError)) throw error;
-    findings.push(finding('fails', error.message));
+    return [error.message];
   }
-  const rival = types.find((type) => ['istio-cni', 'kmesh-cni', 'merbridge-cni', 'linkerd-cni'].includes(type));
-  if (rival !== undefined)
-    findings.push(finding('warning', `${rival} is in the same chain; it may redirect the same pods`));
-  if (document.cniVersion === '1.1.0') {
-    findings.push(
-      finding('note', 'cniVersion 1.1.0: containerd before 1.7 fails every ADD with it; 1.0.0 works everywhere'),
-    );
+}
+
+function versionFindings(
+  { cniVersion, json }: NetworkFile,
+  say: (level: Finding['level'], text: string) => void,
+): void {
+  if (cniVersion === '1.1.0') {
+    say('note', 'cniVersion 1.1.0: containerd before 1.7 fails every ADD with it; 1.0.0 works everywhere');
+  } else if (
+    json.fields.cniVersions === undefined &&
+    !(SUPPORTED_VERSIONS as readonly unknown[]).includes(cniVersion)
+  ) {
+    say('fails', `cniVersion ${cniVersion ?? '0.1.0 (none is given)'}: ADD answers with code 1; install sets 1.0.0`);
   }
-  if (findings.every(({ level }) => level === 'note'))
-    findings.unshift(finding('ok', `chain: ${types.map(printable).join(', ')}`));
-  return findings;
 }
 
 function sysctls(): Finding[] {
@@ -384,12 +393,13 @@ function device(path: string): number | undefined {
 function page({ kernel, findings }: Diagnosis, terminal: Terminal): string {
   const table = formatTable(
     ['FEATURE', 'SINCE', 'HERE', 'GIVES'],
-    VARIANTS.map(({ feature, since, gives, without }) => [
-      feature,
-      since,
-      kernel.features[feature] === true ? terminal.green('yes') : terminal.yellow('no'),
-      kernel.features[feature] === true ? gives : `(${gives}) instead: ${without}`,
-    ]),
+    VARIANTS.map(({ feature, since, gives, without }) => {
+      const here = kernel.features[feature];
+      if (here === undefined) return [feature, since, terminal.yellow('?'), gives];
+      return here
+        ? [feature, since, terminal.green('yes'), gives]
+        : [feature, since, terminal.yellow('no'), `(${gives}) instead: ${without}`];
+    }),
   );
   const colour = { ok: terminal.green, note: (text: string) => text, warning: terminal.yellow, fails: terminal.red };
   const lines = findings.map(

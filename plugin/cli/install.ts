@@ -2,6 +2,9 @@
 // `install` and `uninstall`: settings in, what was done out.
 
 import { loadNative } from '../addon.ts';
+import { Api } from '../agent/kubernetes/api.ts';
+import { clusterAccess } from '../agent/kubernetes/part.ts';
+import { removeRedirections } from '../agent/kubernetes/unannotate.ts';
 import type { EntryOptions } from '../install/entry.ts';
 import { ownExecutable } from '../install/executable.ts';
 import { install } from '../install/install.ts';
@@ -51,10 +54,23 @@ export async function installCommand(terminal: Terminal, values: Values<typeof I
 }
 
 export async function uninstallCommand(terminal: Terminal, values: Values<typeof UNINSTALL_SETTINGS>): Promise<0> {
-  const { cniNetDir, cniBinDir } = values;
+  const { cniNetDir, cniBinDir, nodeName } = values;
+  const access = clusterAccess(values);
+  if (access !== undefined && nodeName === '') {
+    throw new Error('--node-name (NODE_NAME) is needed: annotations of the pods of one node are to go');
+  }
+  const unannotate = async () => {
+    if (access === undefined) return;
+    const api = new Api(access);
+    try {
+      for (const pod of await removeRedirections(api, nodeName)) terminal.out(`removed the annotation of ${pod}\n`);
+    } finally {
+      api.close();
+    }
+  };
   const { pods, cut, executableKept } = await uninstall(
     loadNative(),
-    { ...values, netDir: cniNetDir, binDir: cniBinDir },
+    { ...values, netDir: cniNetDir, binDir: cniBinDir, unannotate },
     (line) => terminal.out(`${line}\n`),
   );
   if (cut > 0) terminal.err(`${count(cut, 'connection')} through the proxy cut\n`);

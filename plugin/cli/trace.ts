@@ -179,7 +179,8 @@ export function sentence(event: TraceEvent, owner: AttachmentRecord | undefined)
 }
 
 function packet(event: TraceEvent): string {
-  if (event.family === 0) return 'a packet that is not TCP';
+  if (event.family === 0)
+    return event.reason === 'pass_not_tcp' ? 'a packet that is not TCP' : 'a frame that was not parsed';
   const end = (address: Uint8Array, port: number) => {
     const text = formatAddress(address);
     return port === 0 ? text : text.includes(':') ? `[${text}]:${port}` : `${text}:${port}`;

@@ -6,6 +6,8 @@ import { formatAddress } from '../cni/address.ts';
 import type { Request } from '../cni/dispatch.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import { describePod, type Finding, verify } from '../datapath.ts';
+import { othersAt } from '../foreign.ts';
+import { createLog } from '../log.ts';
 import type { AttachmentRecord, ExclusionRule, Native, State } from '../native.ts';
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
 import { exclusionRules } from '../redirect/exclusions.ts';
@@ -80,9 +82,24 @@ function checkState(native: Native, config: RedirectConfig, state: State, netns:
   if (record.role === 'pod') findings.push(...missingExclusions(native, state, record, decision.config));
   findings.push(...verify(native, state, config, target.key, record));
   const [first] = findings;
-  if (first === undefined) return;
+  if (first === undefined) {
+    warnOfOthers(native, config, record);
+    return;
+  }
   const details = findings.map(({ object, expected, found }) => `${object}: expected ${expected}, found ${found}`);
   throw new CniError(first.code, `${first.object} is not as ADD left it`, details.join('; '));
+}
+
+/** Nobody can tell what a program returns, and most let packets on: that one runs before ours is no failure, but it is said. */
+function warnOfOthers(native: Native, config: RedirectConfig, record: AttachmentRecord): void {
+  if (record.role === 'none' || record.hooks.length === 0) return;
+  const log = createLog(config.logLevel);
+  for (const { direction, what, ahead } of othersAt(native, record)) {
+    if (!ahead) continue;
+    log.warn(
+      `${direction} of ${record.hostIfname}: ${what} runs before ours; what it ends the chain for (TC_ACT_OK) is not redirected`,
+    );
+  }
 }
 
 /** SPEC: CHECK must consult prevResult. Later plugins may have added addresses, so only those known at ADD count. */

@@ -18,6 +18,7 @@ export interface ProxyOptions {
   /** host order; a port of 0 gets no listener */
   ports: Readonly<Record<ListenerName, number>>;
   inPod?: InPodOptions;
+  onSeen?: (connection: SeenConnection) => void;
 }
 
 /** How ztunnel's sockets in a pod differ: they share their ports with another ztunnel's, and are told by their mark. */
@@ -120,7 +121,9 @@ export class TransparentProxy {
     const port = downstream.localPort;
     // A peer that is gone already has no address any more.
     if (source === undefined || destination === undefined || port === undefined) return reset(downstream);
-    this.seen.push({ listener, source, destination, port });
+    const connection = { listener, source, destination, port };
+    this.seen.push(connection);
+    this.#options.onSeen?.(connection);
 
     if (this.#options.inPod?.isKnown() === false) {
       const held = setTimeout(() => reset(downstream), UNKNOWN_WORKLOAD_MS);

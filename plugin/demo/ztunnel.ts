@@ -14,7 +14,7 @@ import {
   ZdsMessageError,
 } from '../zds/messages.ts';
 import { DnsListeners } from './dns.ts';
-import { type ListenerName, TransparentProxy } from './proxy.ts';
+import { type ListenerName, type SeenConnection, TransparentProxy } from './proxy.ts';
 
 /** SO_MARK of every socket that ztunnel has in a pod. */
 export const ZTUNNEL_MARK = 0x539;
@@ -46,8 +46,9 @@ export interface Misbehaviour {
 
 export interface ZtunnelOptions {
   socket: string;
-  /** what XDS has told so far; the owner may change it */
-  xds: readonly KnownWorkload[];
+  /** what XDS has told so far; a function is asked each time */
+  xds: readonly KnownWorkload[] | (() => readonly KnownWorkload[]);
+  onSeen?: (uid: string, connection: SeenConnection) => void;
   /** IPv4 addresses of names in the mesh */
   names?: ReadonlyMap<string, string>;
   /** false: no DNS listeners, ISTIO_META_DNS_CAPTURE=false */
@@ -324,7 +325,7 @@ export class StandInZtunnel {
   /** Every listener, or none and NativeError. Takes over `netns` where it succeeds. */
   async #serve({ uid, names, netns, ino }: Pending): Promise<void> {
     const isKnown = () =>
-      this.#options.xds.some(
+      this.#xds.some(
         (known) =>
           known.name === names.name &&
           known.namespace === names.namespace &&
@@ -332,7 +333,14 @@ export class StandInZtunnel {
       );
     const { dns: dnsPort, ...ports } = ZTUNNEL_PORTS;
     const inPod = { mark: ZTUNNEL_MARK, isKnown };
-    const proxy = await TransparentProxy.start(this.#native, { netns, address: '::', ports, inPod });
+    const { onSeen } = this.#options;
+    const proxy = await TransparentProxy.start(this.#native, {
+      netns,
+      address: '::',
+      ports,
+      inPod,
+      ...(onSeen !== undefined && { onSeen: (connection) => onSeen(uid, connection) }),
+    });
     let dns: DnsListeners | undefined;
     try {
       if (this.#options.dns !== false) {
@@ -347,9 +355,14 @@ export class StandInZtunnel {
     this.#aimTunnels();
   }
 
+  get #xds(): readonly KnownWorkload[] {
+    const { xds } = this.#options;
+    return typeof xds === 'function' ? xds() : xds;
+  }
+
   /** Between pods of the mesh that XDS knows, ztunnel speaks HBONE. */
   #aimTunnels(): void {
-    const reached = new Set(this.#options.xds.flatMap(({ addresses }) => addresses));
+    const reached = new Set(this.#xds.flatMap(({ addresses }) => addresses));
     for (const { proxy } of this.#pods.values()) proxy.secondLegTo = reached;
   }
 

@@ -284,7 +284,7 @@ describe('leaving', () => {
 
   test('there is no directory', () => {
     rmSync(netDir, { recursive: true });
-    expect([removeEntries(netDir), filesThatRefer(netDir)]).toEqual([[], []]);
+    expect([ensureEntry(options()), removeEntries(netDir), filesThatRefer(netDir)]).toEqual([null, [], []]);
   });
 });
 
@@ -375,6 +375,13 @@ describe('kill -9 after each step, and again', () => {
     expect(pairs.every(([, whole]) => whole)).toBe(true);
     expect(pairs.at(-1)?.[0]).toBe('after next');
   });
+});
+
+test('a directory of plugins that is not there is named', () => {
+  const executable = { path: process.execPath, addon: Buffer.from('addon') };
+  expect(() => placeExecutable(executable, join(root, 'nowhere'), () => {})).toThrow(
+    `${root}/nowhere does not exist: it has to be where the runtime looks for plugins (bin_dir)`,
+  );
 });
 
 test('an executable that is there already is left alone', () => {

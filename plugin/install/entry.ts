@@ -60,6 +60,8 @@ export function ensureEntry(options: EntryOptions, step: Step = () => {}): Ensur
 
 function ensureOnce(options: EntryOptions, step: Step): Ensured | null {
   const { netDir, confName, ownedName } = options;
+  // Who installs the primary plugin may be the one who makes it.
+  if (!existsSync(netDir)) return null;
   removeUnfinished(netDir);
   const found = readNetworkDirectory(netDir);
   const primary = findPrimary(found, confName);

@@ -2,7 +2,7 @@
 // The executable among the runtime's plugins, with the addon beside it for nodes where every directory is noexec
 // (plugin/addon.ts). At each moment of an upgrade there is a whole executable, and an addon file that belongs to it.
 
-import { readdirSync, readFileSync, statSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync, statSync } from 'node:fs';
 import { join } from 'node:path';
 import { getRawAsset, isSea } from 'node:sea';
 import { ADDON_ASSET, addonFileName } from '../addon.ts';
@@ -22,6 +22,9 @@ export function ownExecutable(): Executable {
 
 /** Puts it into `directory`. true: something was written. The caller holds the install lock. */
 export function placeExecutable({ path, addon }: Executable, directory: string, step: Step): boolean {
+  if (!existsSync(directory)) {
+    throw new Error(`${directory} does not exist: it has to be where the runtime looks for plugins (bin_dir)`);
+  }
   removeUnfinished(directory);
   const target = join(directory, PLUGIN_TYPE);
   const versioned = join(directory, addonFileName(addon));

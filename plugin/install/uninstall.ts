@@ -26,8 +26,8 @@ export interface UninstallOptions extends Directories {
   cniCacheDir: string;
   /** there on a node whose runtime calls DEL with the configuration in libcni's cache */
   crioSocket?: string;
-  /** takes the pods' `ambient.istio.io/redirection` away; undefined: there is no Kubernetes to tell */
-  unannotate?: (() => Promise<void>) | undefined;
+  /** takes the pods' `ambient.istio.io/redirection` away */
+  unannotate?: () => Promise<void>;
 }
 
 export interface Uninstalled {

@@ -5,7 +5,7 @@
 // file otherwise for ever gets a log line and a slow argument, not a busy node.
 
 import { EventEmitter } from 'node:events';
-import { type FSWatcher, statSync, watch } from 'node:fs';
+import { type FSWatcher, mkdirSync, statSync, watch } from 'node:fs';
 import { join } from 'node:path';
 import type { Native } from '../native.ts';
 import {
@@ -68,6 +68,7 @@ export class ConflistWatch extends EventEmitter<Events> {
   /** as the last install said */
   #options: EntryOptions | undefined;
   #watcher: FSWatcher | undefined;
+  #runWatcher: FSWatcher | undefined;
   /** of the directory that is watched: one that is made anew has another */
   #directory = '';
   #timer: NodeJS.Timeout | undefined;
@@ -86,6 +87,11 @@ export class ConflistWatch extends EventEmitter<Events> {
     this.#pace = { ...PACE, ...pace };
   }
 
+  /** uninstall was run: the node is to be without us */
+  get left(): boolean {
+    return isUninstalled(this.#runDir);
+  }
+
   get state(): Readonly<WatchState> {
     return this.#state;
   }
@@ -93,6 +99,14 @@ export class ConflistWatch extends EventEmitter<Events> {
   /** Looks at once, before it returns. */
   start(): void {
     this.#running = true;
+    try {
+      mkdirSync(this.#runDir, { recursive: true, mode: 0o700 });
+      this.#runWatcher = watch(this.#runDir, (_event, name) => {
+        if (name === 'uninstalled' || name === 'install.json') this.#schedule(this.#pace.settle);
+      }).on('error', () => {});
+    } catch {
+      // The periodic look finds it.
+    }
     this.#look();
   }
 
@@ -102,7 +116,9 @@ export class ConflistWatch extends EventEmitter<Events> {
     clearTimeout(this.#timer);
     this.#timer = undefined;
     this.#watcher?.close();
+    this.#runWatcher?.close();
     this.#watcher = undefined;
+    this.#runWatcher = undefined;
   }
 
   #look(): void {

@@ -16,6 +16,8 @@
 //     New connections: connect, one byte there and back, close with RST.
 //   peer hold ADDRESS PORT CONNECTIONS ACTIVE MILLISECONDS
 //     Opens CONNECTIONS, one byte there and back on each, then rr on ACTIVE of them while the others stay open.
+//   peer stats
+//     Has the kernel count the run time of BPF programs for as long as it lives, and says "on".
 //
 // FILE is mapped: 64-bit counters in the machine's byte order, that whoever reads it sees as they are. Proxy: five for
 // each listener in the order of the options: connections accepted, connected to their destination, failed, bytes from
@@ -26,6 +28,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/bpf.h>
 #include <linux/netfilter_ipv4.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -40,6 +43,7 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -671,13 +675,23 @@ static void crr(const union address *to, int parallel, uint64_t ns) {
   report("crr", opened, failed, samples, end - begin);
 }
 
+// The descriptor and not the sysctl: whatever ends this process, the kernel stops counting.
+static void stats(void) {
+  union bpf_attr attr = {.enable_stats.type = BPF_STATS_RUN_TIME};
+  must((int)syscall(SYS_bpf, BPF_ENABLE_STATS, &attr, sizeof attr), "BPF_ENABLE_STATS");
+  puts("on");
+  fflush(stdout);
+  for (;;) pause();
+}
+
 int main(int argc, char **argv) {
   const char *what = argc > 1 ? argv[1] : "";
   signal(SIGPIPE, SIG_IGN);
   allow_many_files();
   if (strcmp(what, "proxy") == 0) proxy(argc - 2, argv + 2);
   if (strcmp(what, "server") == 0) server(argc - 2, argv + 2);
-  if (argc < 6) die("usage: proxy|server|rr|crr|hold ...");
+  if (strcmp(what, "stats") == 0) stats();
+  if (argc < 6) die("usage: proxy|server|rr|crr|hold|stats ...");
   union address to = parse(argv[2], atoi(argv[3]));
   int count = atoi(argv[4]);
   epoll_fd = must(epoll_create1(EPOLL_CLOEXEC), "epoll_create1");

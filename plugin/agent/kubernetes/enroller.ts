@@ -11,9 +11,11 @@ import { attachmentKey } from '../../attachments.ts';
 import { withWishes } from '../../commands/target.ts';
 import { attach, describePod, detachRecord, isDead, type Target, verify } from '../../datapath.ts';
 import { beginDrain, endDrain, isDraining, proxiedConnections } from '../../drain.ts';
+import { isUninstalled } from '../../install/entry.ts';
 import type { AttachmentRecord, Native, State } from '../../native.ts';
 import { trafficAnnotations } from '../../redirect/annotations.ts';
 import type { RedirectConfig } from '../../redirect/config.ts';
+import type { EnablementSelector } from '../../redirect/selectors.ts';
 import { type Api, ApiError } from './api.ts';
 import { enrolmentOf } from './enrolment.ts';
 import { Mirror } from './mirror.ts';
@@ -39,6 +41,7 @@ export type LogLine = (
 export interface EnrollerOptions {
   native: Native;
   config: RedirectConfig;
+  enablementSelectors?: readonly EnablementSelector[] | undefined;
   /** name of the network in the conflist: part of an attachment's key */
   network: string;
   state: State;
@@ -93,6 +96,8 @@ export class Enroller {
   readonly #runs: Promise<void>[] = [];
   readonly #timers = new Set<NodeJS.Timeout>();
   readonly #waiting = new Set<() => void>();
+  /** by UID: what the pod's annotations asked for when it was attached, or first seen to be */
+  readonly #wishes = new Map<string, string>();
   readonly #lastEvent = new Map<string, { text: string; at: number }>();
   #stopped = false;
 
@@ -185,7 +190,7 @@ export class Enroller {
     asked: { namespace: string; name: string; uid: string; ifname: string },
     waitMs = 1_000,
   ): Promise<Answer> {
-    const { config, api } = this.#options;
+    const { api } = this.#options;
     const find = () => {
       const pod = this.pods.get(`${asked.namespace}/${asked.name}`);
       return pod !== undefined && (asked.uid === '' || identitiesOf(pod).includes(asked.uid)) ? pod : undefined;
@@ -215,8 +220,15 @@ export class Enroller {
       const object = await api.get(`/api/v1/namespaces/${pod.namespace}`);
       if (object !== null) namespace = projectNamespace(object);
     }
-    const { role, reason } = enrolmentOf(config, pod, namespace, asked.ifname);
+    const { role, reason } = this.#decide(pod, namespace, asked.ifname);
     return { enrolled: role === 'pod', reason, serviceAccount: pod.serviceAccount };
+  }
+
+  #decide(pod: KubernetesPod, namespace: KubernetesNamespace | undefined, ifname: string) {
+    const { config, enablementSelectors } = this.#options;
+    // Its annotation goes with the rest: uninstall itself may not be able to reach the API.
+    if (isUninstalled(config.runDir)) return { role: 'none' as const, reason: 'uninstall was run on this node' };
+    return enrolmentOf({ ...config, enablementSelectors }, pod, namespace, ifname);
   }
 
   // ---- changes ---------------------------------------------------------------------------------------------------
@@ -225,6 +237,7 @@ export class Enroller {
     if (after === null) {
       if (before === null) return;
       this.#byUid.delete(before.uid);
+      this.#wishes.delete(before.uid);
       this.#gone.set(before.uid, before);
       this.queue.add(before.uid);
       return;
@@ -289,15 +302,18 @@ export class Enroller {
     }
     const namespace = this.namespaces.get(pod.namespace);
     if (namespace === undefined) throw new NotYet(`namespace ${pod.namespace} is not known yet`);
-    const { config } = this.#options;
     const attachments = this.#records.of(identitiesOf(pod));
     const interfaces = attachments.length > 0 ? attachments.map(({ record }) => record.ifname) : [INTERFACE];
     let enrolled = 0;
     for (const [i, ifname] of interfaces.entries()) {
-      const { role, reason } = enrolmentOf(config, pod, namespace, ifname);
+      const { role, reason } = this.#decide(pod, namespace, ifname);
       const attachment = attachments[i];
       if (role === 'none') {
         if (attachment?.record.role === 'pod') await this.#leave(pod, attachment, reason);
+        // What drains needs the proxy still.
+        else if (attachment?.record.role === 'proxy' && !isUninstalled(this.#options.config.runDir)) {
+          this.#dismiss(attachment, reason);
+        }
         continue;
       }
       if ((await this.#enter(pod, attachment, ifname, role, reason)) && role === 'pod') enrolled++;
@@ -318,7 +334,13 @@ export class Enroller {
     if (record?.state === 'attaching' && Date.now() / 1000 - record.enrolledAt < ADD_SECONDS) {
       throw new NotYet('an ADD is at work');
     }
-    const attached = record?.state === 'attached' && record.role === role && !isDraining(native, record);
+    const wishes = trafficAnnotations(pod.annotations, config.podOverrides);
+    const text = JSON.stringify(wishes);
+    const attached =
+      record?.state === 'attached' &&
+      record.role === role &&
+      !isDraining(native, record) &&
+      (this.#wishes.get(pod.uid) ?? text) === text;
     if (attached && attachment !== undefined && record !== undefined) {
       const findings = () => verify(native, state, config, attachment.key, attachment.record);
       if (findings().length > 0) await compare(attachment.record);
@@ -327,21 +349,21 @@ export class Enroller {
         throw new Error(`${finding.object}: expected ${finding.expected}, found ${finding.found}`);
       }
     } else {
-      const place = attachment ?? (await this.#find(pod, ifname));
-      if (place === null) return false;
-      const target = this.#target(pod, place, ifname, role);
-      const wishes = trafficAnnotations(pod.annotations, config.podOverrides);
       try {
+        const place = attachment ?? (await this.#find(pod, ifname));
+        if (place === null) return false;
+        const target = this.#target(pod, place, ifname, role);
         record = attach(native, withWishes(config, wishes), { ...target, bypassInbound: wishes.bypassInbound });
+        this.#records.note(target.key, record);
       } catch (error) {
         // What says "enabled" and is not makes every peer of the mesh fail.
         await this.#annotate(pod, null).catch(() => {});
         throw error;
       }
-      this.#records.note(target.key, record);
       this.#count('attached');
       log('info', `attached ${describePod(record)}: ${reason}`, { uid: pod.uid, interface: record.hostIfname });
     }
+    this.#wishes.set(pod.uid, text);
     if (role === 'proxy' || record === undefined) return true;
     const acknowledged = announce === undefined ? 'acknowledged' : await announce(record, pod);
     await this.#annotate(pod, acknowledged === 'acknowledged' ? 'enabled' : 'pending');
@@ -432,6 +454,16 @@ export class Enroller {
       }
     }
     if (failure !== null) throw failure;
+  }
+
+  /** The plugin, which knows a name only, has taken a pod for the proxy that is none. */
+  #dismiss({ key, record }: Attachment, reason: string): void {
+    const { native, state, config, log } = this.#options;
+    detachRecord(native, config, state, key, record);
+    const none = { state: 'recorded', role: 'none', flags: 0, hooks: [], programTag: '' } as const;
+    native.putAttachment(state, key, { ...record, ...none, hooks: [] });
+    this.#count('detached');
+    log('error', `${describePod(record)} is not the proxy any more: ${reason}`, { uid: record.podUid });
   }
 
   /** A pod that the API does not have any more, or a record of one that this process has never seen. */

@@ -8,6 +8,7 @@ import { ensurePrograms, ensureState } from '../../state.ts';
 import type { Agent } from '../agent.ts';
 import type { AgentSettings } from '../settings.ts';
 import { Api, type ClusterAccess } from './api.ts';
+import { CriSandboxes } from './cri.ts';
 import { Enroller } from './enroller.ts';
 import { ProcessSandboxes } from './sandboxes.ts';
 
@@ -23,19 +24,26 @@ export function clusterAccess(
 ): ClusterAccess | undefined {
   const host = env.KUBERNETES_SERVICE_HOST ?? '';
   const port = env.KUBERNETES_SERVICE_PORT ?? '443';
-  if (kubeApi !== '') {
-    return { server: kubeApi, caFile: kubeCaFile || undefined, tokenFile: kubeTokenFile || undefined };
-  }
+  if (kubeApi !== undefined) return { server: kubeApi, caFile: kubeCaFile, tokenFile: kubeTokenFile };
   if (host === '') return undefined;
   return {
     server: `https://${host.includes(':') ? `[${host}]` : host}:${port}`,
-    caFile: kubeCaFile || `${ACCOUNT}/ca.crt`,
-    tokenFile: kubeTokenFile || `${ACCOUNT}/token`,
+    caFile: kubeCaFile ?? `${ACCOUNT}/ca.crt`,
+    tokenFile: kubeTokenFile ?? `${ACCOUNT}/token`,
   };
+}
+
+/** Where containerd and CRI-O listen; a socket that comes later is seen, too. */
+const CRI_SOCKETS = ['/run/containerd/containerd.sock', '/run/crio/crio.sock'];
+
+function criSockets(setting: string | undefined): string[] {
+  return setting === undefined ? CRI_SOCKETS : [setting];
 }
 
 export interface KubernetesPart {
   start(): void;
+  /** Every pod again: something that decides about all of them has changed. */
+  look(): void;
   stop(): Promise<void>;
 }
 
@@ -45,7 +53,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   if (settings.nodeName === '') {
     throw new Error('--node-name (NODE_NAME) is needed: the API server is asked for the pods of one node');
   }
-  const { stateDir, runDir, conf } = settings;
+  const { stateDir, runDir, conf, enablementSelectors } = settings;
   const { config, network } = settingsOf({ stateDir, runDir, ...(conf !== undefined && { conf }) });
   const state = ensureState(native, config);
   // Here, so that the first pod need not wait for the verifier.
@@ -60,11 +68,12 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   const enroller = new Enroller({
     native,
     config,
+    enablementSelectors,
     network,
     state,
     api,
     nodeName: settings.nodeName,
-    sandboxes: [new ProcessSandboxes()],
+    sandboxes: [...criSockets(settings.criSocket).map((path) => new CriSandboxes(path)), new ProcessSandboxes()],
     log: (level, text, fields) => log[level](fields ?? {}, text),
     compare: (record) => agent.compare(new Set([record.hostIfindex])),
     onReconciled: (seconds) => latency.observe(seconds),
@@ -94,6 +103,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   addMetrics(agent, enroller);
   return {
     start: () => enroller.start(),
+    look: () => enroller.lookAtAll(),
     stop: async () => {
       await enroller.stop();
       api.close();

@@ -78,11 +78,11 @@ export class ProcessSandboxes implements SandboxSource {
  */
 export function podOfCgroup(text: string): { uid: string; containerId: string } | null {
   const match =
-    /pod([0-9a-f]{8}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{12}|[0-9a-f]{32})(?:\.slice)?(?:\/(?:[a-z-]+[-:])?([0-9a-f]{64}))?/.exec(
+    /pod([0-9a-f]{8}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{12}|[0-9a-f]{32})(?:\.slice)?\/(?:[a-z-]+[-:])?([0-9a-f]{64})/.exec(
       text,
     );
-  if (match?.[1] === undefined) return null;
-  return { uid: match[1].replaceAll('_', '-'), containerId: match[2] ?? '' };
+  const [, uid, containerId] = match ?? [];
+  return uid === undefined || containerId === undefined ? null : { uid: uid.replaceAll('_', '-'), containerId };
 }
 
 /** Field 22 of /proc/PID/stat; the name in field 2 may hold anything. */

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every test that runs a program on one packet. Also run, without vitest, on changed programs (conformance/mutate).
+
+import { type Datapath, drop, pass } from './node.ts';
+import { podEgress } from './pod-egress.ts';
+import { podIngress } from './pod-ingress.ts';
+import { proxyEgress } from './proxy-egress.ts';
+import { proxyGuard } from './proxy-guard.ts';
+import { proxyIngress } from './proxy-ingress.ts';
+import { reset } from './reset.ts';
+import { noRedirectPeer } from './variants.ts';
+
+/** VARIANT_* names without the prefix that each datapath of the suite is loaded with. */
+export const DATAPATHS = { standard: [], noPeer: ['NO_REDIRECT_PEER'], noAssign: ['NO_SK_ASSIGN'] } as const;
+export type DatapathName = keyof typeof DATAPATHS;
+
+export function suite(datapath: (name: DatapathName) => Datapath): void {
+  const standard = () => datapath('standard');
+  const noAssign = () => datapath('noAssign');
+  podEgress(standard);
+  podIngress(standard);
+  proxyEgress(standard);
+  proxyGuard(standard);
+  proxyIngress('with bpf_sk_assign, refused outside a hook', standard, drop('drop_redirect_failed'));
+  proxyIngress('without bpf_sk_assign', noAssign, pass('proxy_assigned'));
+  noRedirectPeer(() => datapath('noPeer'));
+  reset(standard);
+}
