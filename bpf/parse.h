@@ -49,6 +49,7 @@ struct packet {
 	__u8 more_fragments;
 	__u8 protocol;       /* of the packet itself, not of one that it quotes */
 	__u32 fragment_id;   /* with more_fragments and in later fragments, where the tuple has addresses only */
+	__u32 payload;       /* TCP: bytes behind its header */
 };
 
 static __always_inline int is_syn(const struct packet *p)
@@ -135,6 +136,7 @@ static __always_inline enum kind parse_tcp(struct __sk_buff *skb, struct packet 
 	if (room < sizeof(tcp) || bpf_skb_load_bytes(skb, p->l4_off, &tcp, sizeof(tcp)))
 		return p->more_fragments ? KIND_SHORT_FRAGMENT : KIND_MALFORMED;
 	p->flags = tcp.flags;
+	p->payload = room > (tcp.offset >> 4) * 4u ? room - (tcp.offset >> 4) * 4u : 0;
 	if (ip4)
 		set_v4(p, ip4->saddr, ip4->daddr, tcp.source, tcp.dest);
 	else

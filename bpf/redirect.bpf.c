@@ -23,6 +23,8 @@
 #include <stddef.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
+#include "decide.h"
+#include "dns.h"
 #include "flows.h"
 #include "maps.h"
 #include "parse.h"
@@ -113,25 +115,15 @@ static __always_inline struct proxy *listening_proxy(struct __sk_buff *skb, cons
 	return 0;
 }
 
-/*
- * A listener in SYN cookie mode keeps nothing between SYN and ACK, so the ACK that opens the connection has no socket
- * yet. The kernel can tell a valid cookie from any other ACK.
- */
+/* The proxy whose listener made the SYN cookie that this ACK carries. */
 static __always_inline struct proxy *proxy_of_cookie(struct __sk_buff *skb, struct packet *p, struct proxies *all,
 						     enum side side)
 {
-	struct { struct iphdr ip; } v4;
-	struct { struct ipv6hdr ip; } v6;
-	struct { __u8 bytes[20]; } tcp;
+	struct cookie c;
 	struct bpf_sock *sk;
 	int i, valid;
 
-	if (!use_check_syncookie || (p->flags & (TCP_SYN | TCP_RST | TCP_ACK)) != TCP_ACK)
-		return 0;
-	if (bpf_skb_load_bytes(skb, p->l4_off, &tcp, sizeof(tcp)))
-		return 0;
-	if (p->family == 4 ? bpf_skb_load_bytes(skb, p->l3_off, &v4, sizeof(v4)) :
-			     bpf_skb_load_bytes(skb, p->l3_off, &v6, sizeof(v6)))
+	if (!may_be_cookie(skb, p, &c))
 		return 0;
 #pragma unroll
 	for (i = 0; i < PROXY_SLOTS; i++) {
@@ -145,12 +137,9 @@ static __always_inline struct proxy *proxy_of_cookie(struct __sk_buff *skb, stru
 		sk = find_listener(skb, p->family, all->slot[i].nsid, port);
 		if (!sk)
 			continue;
-		if (p->family == 4)
-			valid = bpf_tcp_check_syncookie(sk, &v4, sizeof(v4), (struct tcphdr *)&tcp, sizeof(tcp));
-		else
-			valid = bpf_tcp_check_syncookie(sk, &v6, sizeof(v6), (struct tcphdr *)&tcp, sizeof(tcp));
+		valid = cookie_valid(sk, p, &c);
 		bpf_sk_release(sk);
-		if (valid == 0 && alive(skb, &all->slot[i]))
+		if (valid && alive(skb, &all->slot[i]))
 			return &all->slot[i];
 	}
 	return 0;
@@ -236,42 +225,6 @@ static __always_inline int reinject(const struct run *r, __u32 ifindex)
 
 /* ---- decisions --------------------------------------------------------------------------------------------------- */
 
-/* The frame is a RST now: counted, and on its way back to where the refused segment came from. */
-static __always_inline int send_reset(const struct run *r, const struct interface *self)
-{
-	struct __sk_buff *skb = r->skb;
-	__u8 macs[12];
-
-	skb->mark = mark_bypass;
-	if (r->program == POD_INGRESS) {
-		/* As the pod's own answer would come: conntrack undoes what NAT did to the SYN, the node routes it. */
-		__builtin_memcpy(macs, self->gateway_mac, 6);
-		__builtin_memcpy(macs + 6, self->pod_mac, 6);
-		if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
-			return drop(r, REASON_DROP_REDIRECT_FAILED);
-		count(r, REASON_RESET_NO_LISTENER);
-		return bpf_redirect(r->ifindex, BPF_F_INGRESS);
-	}
-	count(r, REASON_RESET_NO_LISTENER);
-	return bpf_redirect(r->ifindex, 0);
-}
-
-/* A SYN for which no proxy listens, and a segment of a dead proxy's flow. `from_pod`: the pod's end is the source. */
-static __always_inline int by_policy(const struct run *r, const struct interface *self, const struct tuple *from_pod)
-{
-	int refused;
-
-	if (self->flags & INTERFACE_POLICY_OPEN)
-		return pass_direct(r, from_pod, REASON_PASS_FAILURE_POLICY_OPEN);
-	/* A RST is never answered. */
-	if (!(self->flags & INTERFACE_CLOSED_RESET) || r->p->flags & TCP_RST)
-		return drop(r, REASON_DROP_NO_LISTENER);
-	refused = make_reset(r->skb, r->p);
-	if (refused)
-		return drop(r, refused == UNANSWERABLE ? REASON_DROP_MALFORMED : REASON_DROP_REDIRECT_FAILED);
-	return send_reset(r, self);
-}
-
 /*
  * A segment with no socket in any proxy. `from_pod` is its tuple with the pod's end as source, `from_proxy` the tuple
  * under which "flows" would know it.
@@ -284,7 +237,6 @@ static __always_inline int without_socket(const struct run *r, struct packet *p,
 	__u8 cookie = side == OUTBOUND ? SIGN_COOKIE_OUTBOUND : side == DNS ? SIGN_COOKIE_DNS : SIGN_COOKIE_INBOUND;
 	struct proxy *z;
 	struct flow *f;
-	__u32 reason;
 
 	if (is_direct(r->ifindex, from_pod))
 		return pass(r, REASON_PASS_DIRECT);
@@ -301,25 +253,7 @@ static __always_inline int without_socket(const struct run *r, struct packet *p,
 			return to_proxy(r, z, REASON_TO_PROXY_ORPHANED, cookie);
 		return by_policy(r, self, from_pod);
 	}
-	/* Its entry was evicted, or the rule is newer than the flow. Which side opened it cannot be seen any more. */
-	reason = excluded(r, from_pod, OUTBOUND);
-	if (!reason)
-		reason = excluded(r, from_pod, INBOUND);
-	if (reason)
-		return pass(r, reason);
-	if (self->flags & INTERFACE_STRICT)
-		return drop(r, REASON_DROP_ORPHANED_FLOW);
-	return pass(r, REASON_PASS_NO_PROXY_SOCKET);
-}
-
-static __always_inline int not_wanted(const struct packet *p, const struct interface *self, enum side side)
-{
-	if (side == OUTBOUND)
-		return self->flags & INTERFACE_NO_OUTBOUND;
-	if (side == DNS)
-		return 0;
-	/* 15008 is HBONE's registered port whatever the proxy was told to listen on. */
-	return self->flags & (p->tuple.destination_port == 15008 ? INTERFACE_NO_HBONE : INTERFACE_NO_PLAINTEXT);
+	return unknown_segment(r, self, from_pod);
 }
 
 static __always_inline int new_connection(const struct run *r, struct packet *p, const struct interface *self,
@@ -330,12 +264,7 @@ static __always_inline int new_connection(const struct run *r, struct packet *p,
 	struct proxy *z;
 	__u32 reason;
 
-	if (self->flags & INTERFACE_DRAINING)
-		reason = REASON_PASS_DRAINING;
-	else if (not_wanted(p, self, side))
-		reason = REASON_PASS_NOT_WANTED;
-	else
-		reason = excluded(r, from_pod, side);
+	reason = goes_direct(r, p, self, from_pod, side);
 	if (reason)
 		return pass_direct(r, from_pod, reason);
 	/* Whatever flow had this tuple is over. */
@@ -366,44 +295,7 @@ static __always_inline int later_fragment(const struct run *r, const struct pack
 	return send_signed(r, f->ifindex, macs, REASON_TO_PROXY_ESTABLISHED);
 }
 
-/* Whatever is not TCP, and what claims to be TCP but cannot be judged as TCP. 1: judge on. */
-static __always_inline int unjudgeable(const struct run *r, const struct packet *p, enum kind kind)
-{
-	switch (kind) {
-	case KIND_OTHER:
-	case KIND_UDP:
-	case KIND_UDP_FRAGMENT:
-		count(r, REASON_PASS_NOT_TCP);
-		return PASS;
-	case KIND_MALFORMED:
-		return drop(r, REASON_DROP_MALFORMED);
-	case KIND_SHORT_FRAGMENT:
-		return drop(r, REASON_DROP_SHORT_FIRST_FRAGMENT);
-	case KIND_LATER_FRAGMENT:
-		return later_fragment(r, p);
-	default:
-		break;
-	}
-	/* sk_assign would be lost when the receiver puts the fragments together. */
-	if (kind == KIND_TCP && p->flags & TCP_SYN && p->more_fragments)
-		return drop(r, REASON_DROP_SYN_FRAGMENT);
-	return 1;
-}
-
-static __always_inline int is_own(const struct run *r, const __u8 *address)
-{
-	struct endpoint *e = bpf_map_lookup_elem(&endpoints, address);
-
-	return e && e->ifindex == r->ifindex;
-}
-
 /* ---- DNS over UDP ------------------------------------------------------------------------------------------------ */
-
-/* offsetof(struct udphdr, ...); the DNS transaction id is the first thing behind it */
-#define UDP_SOURCE 0
-#define UDP_DESTINATION 2
-#define UDP_CHECKSUM 6
-#define UDP_LENGTH 8
 
 /* The newest proxy whose DNS listener exists now. */
 static __always_inline struct proxy *resolving_proxy(struct __sk_buff *skb, const struct packet *p, struct proxies *all)
@@ -448,8 +340,6 @@ static __always_inline int capture_query(const struct run *r, const struct packe
 	struct proxies *all = all_proxies();
 	struct query q = {};
 	struct proxy *z;
-	__be16 from = bpf_htons(53), to;
-	__u16 l4 = p->l4_off;
 	__u32 reason;
 
 	if (self->flags & INTERFACE_DRAINING)
@@ -467,41 +357,13 @@ static __always_inline int capture_query(const struct run *r, const struct packe
 	}
 	copy16(q.client, p->tuple.source);
 	q.port = p->tuple.source_port;
-	if (bpf_skb_load_bytes(skb, l4 + UDP_LENGTH, &q.id, sizeof(q.id)))
+	if (bpf_skb_load_bytes(skb, p->l4_off + UDP_LENGTH, &q.id, sizeof(q.id)))
 		return drop(r, REASON_DROP_MALFORMED);
 	if (bpf_map_update_elem(&resolvers, &q, p->tuple.destination, BPF_ANY))
 		return drop(r, REASON_DROP_REDIRECT_FAILED);
-	to = bpf_htons(z->dns);
-	/* IPv4 may have no checksum (0), which must stay 0. */
-	if (bpf_l4_csum_replace(skb, l4 + UDP_CHECKSUM, from, to, BPF_F_MARK_MANGLED_0 | sizeof(to)) ||
-	    bpf_skb_store_bytes(skb, l4 + UDP_DESTINATION, &to, sizeof(to), 0))
+	if (set_port(skb, p, UDP_DESTINATION, 53, z->dns))
 		return drop(r, REASON_DROP_REDIRECT_FAILED);
 	return to_proxy(r, z, REASON_DNS_CAPTURED, SIGN_DNS);
-}
-
-/* Source address of a datagram, in the IP header and, where it is known to be there, in the UDP checksum. */
-static __always_inline int set_source(struct __sk_buff *skb, const struct packet *p, const __u8 *address, int with_udp)
-{
-	__be32 old6[4], new6[4];
-	__s64 difference;
-
-	__builtin_memcpy(old6, p->tuple.source, 16);
-	__builtin_memcpy(new6, address, 16);
-	if (p->family == 4) {
-		if (with_udp && bpf_l4_csum_replace(skb, p->l4_off + UDP_CHECKSUM, old6[3], new6[3],
-						    BPF_F_MARK_MANGLED_0 | BPF_F_PSEUDO_HDR | 4))
-			return -1;
-		if (bpf_l3_csum_replace(skb, p->l3_off + offsetof(struct iphdr, check), old6[3], new6[3], 4))
-			return -1;
-		return bpf_skb_store_bytes(skb, p->l3_off + offsetof(struct iphdr, saddr), &new6[3], 4, 0);
-	}
-	if (with_udp) {
-		difference = bpf_csum_diff(old6, sizeof(old6), new6, sizeof(new6), 0);
-		if (bpf_l4_csum_replace(skb, p->l4_off + UDP_CHECKSUM, 0, difference,
-					BPF_F_MARK_MANGLED_0 | BPF_F_PSEUDO_HDR))
-			return -1;
-	}
-	return bpf_skb_store_bytes(skb, p->l3_off + offsetof(struct ipv6hdr, saddr), new6, 16, 0);
 }
 
 /* An answer of the proxy's DNS listener gets back the address and port that the pod asked. 1: it is none. */
@@ -511,7 +373,6 @@ static __always_inline int answer_query(const struct run *r, const struct packet
 	struct __sk_buff *skb = r->skb;
 	struct fragment f = { .action = FRAGMENT_DNS_ANSWER };
 	struct query q = {};
-	__be16 old = bpf_htons(self->dns), port = bpf_htons(53);
 	__u8 *resolver;
 
 	copy16(q.client, p->tuple.destination);
@@ -523,9 +384,8 @@ static __always_inline int answer_query(const struct run *r, const struct packet
 		return 1;
 	copy16(f.resolver, resolver);
 	remember_fragment(r, &f);
-	if (bpf_l4_csum_replace(skb, p->l4_off + UDP_CHECKSUM, old, port, BPF_F_MARK_MANGLED_0 | sizeof(port)) ||
-	    bpf_skb_store_bytes(skb, p->l4_off + UDP_SOURCE, &port, sizeof(port), 0) ||
-	    set_source(skb, p, f.resolver, 1))
+	if (set_port(skb, p, UDP_SOURCE, self->dns, 53) ||
+	    set_addresses(skb, p, f.resolver, p->tuple.destination, 1))
 		return drop(r, REASON_DROP_REDIRECT_FAILED);
 	return deliver(r, to, REASON_DNS_ANSWERED);
 }
@@ -538,7 +398,7 @@ static __always_inline int answer_fragment(const struct run *r, const struct pac
 	if (!f || f->action != FRAGMENT_DNS_ANSWER)
 		return 1;
 	copy16(resolver, f->resolver);
-	if (set_source(r->skb, p, resolver, 0))
+	if (set_addresses(r->skb, p, resolver, p->tuple.destination, 0))
 		return drop(r, REASON_DROP_REDIRECT_FAILED);
 	return deliver(r, to, REASON_DNS_ANSWERED);
 }
@@ -574,6 +434,8 @@ int pod_egress(struct __sk_buff *skb)
 	r.p = &p;
 	if (kind == KIND_UDP && self->flags & INTERFACE_DNS && p.tuple.destination_port == 53 && !p.more_fragments)
 		return capture_query(&r, &p, self);
+	if (kind == KIND_LATER_FRAGMENT)
+		return later_fragment(&r, &p);
 	verdict = unjudgeable(&r, &p, kind);
 	if (verdict != 1)
 		return verdict;
@@ -618,8 +480,7 @@ int pod_ingress(struct __sk_buff *skb)
 	struct proxy *z;
 	struct tuple from_pod;
 	enum kind kind;
-	__u8 destination[6];
-	int verdict, i, other = 0;
+	int verdict;
 
 	if (skb->mark == mark_bypass) {
 		skb->mark = 0;
@@ -628,17 +489,14 @@ int pod_ingress(struct __sk_buff *skb)
 	self = bpf_map_lookup_elem(&interfaces, &r.ifindex);
 	if (!self)
 		return PASS;
-	if (bpf_skb_load_bytes(skb, 0, destination, sizeof(destination)))
-		return PASS;
-#pragma unroll
-	for (i = 0; i < 6; i++)
-		other |= destination[i] ^ self->pod_mac[i];
-	if (other)
+	if (!for_pod(skb, self))
 		return pass(&r, REASON_PASS_OTHER_HOST);
 	if (vlan_tagged(skb))
 		return drop(&r, REASON_DROP_VLAN_TAGGED);
 	kind = parse(skb, &p);
 	r.p = &p;
+	if (kind == KIND_LATER_FRAGMENT)
+		return later_fragment(&r, &p);
 	verdict = unjudgeable(&r, &p, kind);
 	if (verdict != 1)
 		return verdict;
@@ -715,6 +573,9 @@ int proxy_egress(struct __sk_buff *skb)
 	kind = parse(skb, &p);
 	r.p = &p;
 	to = bpf_map_lookup_elem(&endpoints, p.tuple.destination);
+	/* A pod with a proxy of its own is reached as those of other nodes are. */
+	if (to && to->flags & INTERFACE_IN_POD)
+		to = 0;
 	if (to && (kind == KIND_UDP || kind == KIND_UDP_FRAGMENT)) {
 		verdict = 1;
 		if (kind == KIND_UDP_FRAGMENT)
@@ -777,20 +638,6 @@ int proxy_egress(struct __sk_buff *skb)
 	return pass(&r, REASON_PASS_PROXY_OWN);
 }
 
-static __always_inline int signed_source(struct __sk_buff *skb, __u8 *meaning)
-{
-	__u8 source[6];
-	int i, other = 0;
-
-	if (bpf_skb_load_bytes(skb, 6, source, sizeof(source)))
-		return 0;
-#pragma unroll
-	for (i = 0; i < 5; i++)
-		other |= source[i] ^ sign[i];
-	*meaning = source[5];
-	return !other;
-}
-
 SEC("tc")
 int proxy_guard(struct __sk_buff *skb)
 {
@@ -800,14 +647,6 @@ int proxy_guard(struct __sk_buff *skb)
 	if (skb->mark == mark_to_proxy || !signed_source(skb, &meaning))
 		return PASS;
 	return drop(&r, REASON_DROP_FORGED_SIGN);
-}
-
-/* For proxy_lookup, which TCP asks for a listener where none was assigned. */
-static __always_inline long name_listener(const struct listener_key *key, struct bpf_sock *sk, const struct tuple *tuple)
-{
-	if (bpf_map_update_elem(&listeners, key, sk, BPF_ANY))
-		return -1;
-	return bpf_map_update_elem(&reused, tuple, key, BPF_ANY);
 }
 
 SEC("tc")
@@ -852,7 +691,7 @@ int proxy_ingress(struct __sk_buff *skb)
 			other |= mac[j] ^ all->slot[i].mac[j];
 		if (!other) {
 			port = wanted_port(&p, &all->slot[i], side);
-			key.host_ifindex = all->slot[i].host_ifindex;
+			key.ifindex = all->slot[i].host_ifindex;
 			break;
 		}
 	}
@@ -870,7 +709,7 @@ int proxy_ingress(struct __sk_buff *skb)
 	 */
 	if (use_sk_assign && is_syn(&p) && socket_state(skb, &p, BPF_F_CURRENT_NETNS) == BPF_TCP_TIME_WAIT) {
 		if (use_sk_lookup)
-			name_listener(&key, sk, &p.tuple);
+			steer(&p, sk, &key, 0);
 		bpf_sk_release(sk);
 		return pass(&r, REASON_PROXY_TIME_WAIT);
 	}
@@ -878,7 +717,7 @@ int proxy_ingress(struct __sk_buff *skb)
 	/* Before 6.6 a listener with SO_REUSEPORT is refused. */
 	if (failed == -ESOCKTNOSUPPORT) {
 		if (use_sk_lookup) {
-			failed = name_listener(&key, sk, &p.tuple);
+			failed = steer(&p, sk, &key, 0);
 		} else {
 			/* TPROXY rules of this namespace give it to the listener with this port, and recycle TIME_WAIT. */
 			skb->priority = port;
@@ -913,41 +752,9 @@ int direct_import(struct __sk_buff *skb)
 SEC("sk_lookup")
 int proxy_lookup(struct bpf_sk_lookup *context)
 {
-	/* clang merges loads of a context across branches into a computed pointer, which the verifier refuses. */
-	volatile struct bpf_sk_lookup *ctx = context;
-	struct tuple t = {};
-	struct listener_key *key;
-	struct bpf_sock *sk;
-	__u32 address[4];
-
-	if (ctx->protocol != IPPROTO_TCP)
-		return SK_PASS;
-	if (ctx->family == 2 /* AF_INET */) {
-		map_v4(t.source, ctx->remote_ip4);
-		map_v4(t.destination, ctx->local_ip4);
-	} else {
-		address[0] = ctx->remote_ip6[0];
-		address[1] = ctx->remote_ip6[1];
-		address[2] = ctx->remote_ip6[2];
-		address[3] = ctx->remote_ip6[3];
-		__builtin_memcpy(t.source, address, 16);
-		address[0] = ctx->local_ip6[0];
-		address[1] = ctx->local_ip6[1];
-		address[2] = ctx->local_ip6[2];
-		address[3] = ctx->local_ip6[3];
-		__builtin_memcpy(t.destination, address, 16);
-	}
-	t.source_port = bpf_ntohs((__u16)ctx->remote_port);
-	t.destination_port = ctx->local_port;
-	key = bpf_map_lookup_elem(&reused, &t);
-	if (!key)
-		return SK_PASS;
-	sk = bpf_map_lookup_elem(&listeners, key);
-	if (!sk)
-		return SK_PASS;
-	bpf_sk_assign(context, sk, 0);
-	bpf_sk_release(sk);
-	return SK_PASS;
+	return steered_listener(context, 0);
 }
+
+#include "in_pod.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

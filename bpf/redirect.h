@@ -35,7 +35,25 @@ enum program {
 	PROXY_GUARD = 4,   /* egress of the proxy's host-side veth: nobody else carries our sign */
 	PROXY_INGRESS = 5, /* what the proxy receives: ingress of its own eth0, inside its netns */
 	PROXY_LOOKUP = 6,  /* socket lookup in the proxy's netns: listeners for tuples in TIME_WAIT */
+	INPOD_EGRESS = 7,  /* what the pod sends: egress of its own eth0, inside its netns */
+	INPOD_INGRESS = 8, /* what the pod receives, and what was looped: ingress of its own eth0 */
+	INPOD_LOOKUP = 9,  /* socket lookup in the pod's netns: the proxy's listener for steered packets */
+	INPOD_SIGN = 10,   /* egress of the pod's host-side veth: the sign of what was born on the host */
+	INPOD_GUARD = 11,  /* ingress of the pod's host-side veth: TCP that INPOD_EGRESS did not see */
 };
+
+/*
+ * Inside a pod's netns an ifindex says nothing about the pod. There each hook has a stub, made by native/: it writes the
+ * id of the interface where the program looks for it and tail-calls into "jump" (or "jump_lookup", whose programs are of
+ * another type). An upgrade replaces the programs of all pods at once, by these maps.
+ */
+#define SLOT_EGRESS 0u /* of "jump"; the id is in skb->cb[0] */
+#define SLOT_INGRESS 1u
+#define SLOT_COUNT 2u
+#define SLOT_LOOKUP 0u /* of "jump_lookup"; the id is in map "identity", a per-CPU array[1] */
+
+/* Interface ids: the host-side ifindex where there is one, else this bit and some of the attachment's key. */
+#define INTERFACE_ID_NO_HOST 0x80000000u
 
 /*
  * One reason per packet. The word is the enumerator in lower case without REASON_; native/ and plugin/ print
@@ -74,6 +92,7 @@ enum reason {
 
 	REASON_DROP_NO_LISTENER = 64,
 	REASON_DROP_SPOOFED_SOURCE = 65,
+	REASON_DROP_NOT_OUR_ADDRESS = 66,  /* from the wire to a loopback address */
 	REASON_DROP_SHORT_FIRST_FRAGMENT = 67,
 	REASON_DROP_SYN_FRAGMENT = 68,
 	REASON_DROP_MALFORMED = 69,
@@ -83,6 +102,7 @@ enum reason {
 	REASON_DROP_FORGED_SIGN = 73,
 	REASON_DROP_FRAGMENT = 74,         /* later fragment of a TCP segment whose first one was not seen or not let pass */
 	REASON_RESET_NO_LISTENER = 75,     /* as DROP_NO_LISTENER, and the sender was told by a RST */
+	REASON_DROP_UNJUDGED = 76,         /* TCP from an in-pod contract's pod that its own program did not let go */
 	REASON_MAX = 96,
 };
 
@@ -97,10 +117,12 @@ enum reason {
 #define INTERFACE_NO_OUTBOUND (1u << 7)   /* proxy.ports.outbound is 0 */
 #define INTERFACE_NO_PLAINTEXT (1u << 8)  /* proxy.ports.inboundPlaintext is 0 */
 #define INTERFACE_NO_HBONE (1u << 9)      /* proxy.ports.inboundHBONE is 0 */
-#define INTERFACE_ACCEPT_LOCAL (1u << 10) /* a proxy's attachment: accept_local was off before */
+#define INTERFACE_ACCEPT_LOCAL (1u << 10) /* a proxy's attachment, or one in the in-pod contract: accept_local was off before */
 #define INTERFACE_TPROXY (1u << 11)       /* a proxy's attachment: TPROXY rules were made for it */
+#define INTERFACE_IN_POD (1u << 12)       /* the proxy is inside the pod's netns */
+#define INTERFACE_ROUTE_LOCALNET (1u << 13) /* an attachment in the in-pod contract: route_localnet was off before */
 
-/* map "interfaces", hash: host-side ifindex -> */
+/* map "interfaces", hash: interface id -> */
 struct interface {
 	__u8 pod_mac[6];
 	__u8 gateway_mac[6]; /* whom the pod's frames are addressed to: the host veth (routed) or its bridge */
@@ -108,13 +130,18 @@ struct interface {
 	__u32 pod_ifindex;   /* inside the pod's netns */
 	__s32 nsid;          /* the pod's netns as seen from the host's; -1: not known */
 	__u32 master;        /* ifindex of the bridge the host veth is a port of; 0: none */
-	__u16 pad0;
-	__u16 pad1;
+	/* What follows is set with INTERFACE_IN_POD only: the listeners that the pod's proxy is to have. */
+	__u16 outbound;
+	__u16 inbound_plaintext;
+	__u16 inbound_hbone;
+	__u16 dns;
+	__u8 address4[16];   /* the pod's first one of each family, mapped; all zero: none */
+	__u8 address6[16];
 };
 
 /* map "endpoints", hash: 16-byte address -> */
 struct endpoint {
-	__u32 ifindex;       /* host-side */
+	__u32 ifindex;       /* interface id */
 	__u32 flags;         /* INTERFACE_*, a copy of its interface's */
 	__u8 pod_mac[6];
 	__u16 pad;
@@ -160,7 +187,17 @@ struct settings {
 	__u8 pad[3];
 	__u8 boot_id[16];
 	__u32 direct_seed[2]; /* random: which set of "direct" a tuple falls into is nobody else's choice */
+	__u32 check_cgroups; /* not 0: PROXY_MARK counts only on sockets of the cgroups in "proxy_cgroups" */
+	__u32 pad0;
 };
+
+/* ztunnel's SO_MARK in the in-pod contract. Whoever has CAP_NET_RAW can set it too. */
+#define PROXY_MARK 0x539
+#define PROXY_MARK_MASK 0xfff
+
+/* map "proxy_cgroups", hash: __u64 id of a v2 cgroup -> __u32 1. Its sockets are the proxy's where they have the mark. */
+
+/* map "proxy_sockets", socket storage: __u32 1 where a packet showed that the socket is of such a cgroup */
 
 /* struct settings.variant: what must not be used although the kernel may have it */
 #define VARIANT_NO_REDIRECT_PEER (1u << 0)
@@ -178,6 +215,7 @@ struct settings {
 #define SIGN_DNS 7             /* UDP, port already rewritten */
 #define SIGN_DNS_TCP 8
 #define SIGN_COOKIE_DNS 9
+#define SIGN_PROBE 10          /* in-pod contract: born on the host */
 
 /* A TCP tuple. In "flows" it is written as the proxy sends it. In "direct" source is the pod's end. */
 struct tuple {
@@ -189,7 +227,7 @@ struct tuple {
 
 /* map "flows", LRU hash: tuple as the proxy sends it -> */
 struct flow {
-	__u32 ifindex; /* host-side interface of the pod whose SYN made the entry */
+	__u32 ifindex; /* interface of the pod whose SYN made the entry */
 	__u32 kind;
 };
 #define FLOW_OUTBOUND 1 /* a pod's SYN was taken: replies go straight into that pod */
@@ -202,7 +240,7 @@ struct flow {
  * first flow falls into its set, and within a set the flow that was not used for longest gives way.
  */
 struct direct_key {
-	__u32 ifindex; /* host-side */
+	__u32 ifindex; /* the interface id */
 	__u32 set;
 };
 #define DIRECT_WAYS 8
@@ -222,7 +260,7 @@ struct direct_set {
 };
 
 /*
- * map "exclusions", hash of maps: host-side ifindex -> LPM trie of this key -> __u32 reason. One trie for each pod, made
+ * map "exclusions", hash of maps: interface id -> LPM trie of this key -> __u32 reason. One trie for each pod, made
  * anew when the pod's rules change: a program sees the old rules or the new ones. Ports in network order; a range is
  * the prefixes that make it up.
  */
@@ -255,21 +293,33 @@ struct fragment {
 #define FRAGMENT_REDIRECT 2
 #define FRAGMENT_DNS_ANSWER 3
 
-/* map "resolvers", LRU hash: a captured DNS query -> 16-byte address of the resolver it was for */
+/*
+ * map "resolvers", LRU hash: a captured DNS query -> 16-byte address of the resolver it was for; in the in-pod contract,
+ * where the query shows the resolver as its client, the address of the pod that it came from, if that is not the first.
+ */
 struct query {
 	__u8 client[16];
+	__u32 ifindex; /* in-pod contract: interface id; else 0 */
 	__u16 port;
-	__u16 id; /* DNS transaction id, as in the message */
+	__u16 id;      /* DNS transaction id, as in the message; in-pod contract: IPPROTO_* */
 };
 
-/* map "listeners", hash of sockets: put there by proxy_ingress for proxy_lookup */
+/* map "listeners", hash of sockets: put there by the programs that steer, for the socket lookup programs */
 struct listener_key {
-	__u32 host_ifindex;
+	__u32 ifindex; /* interface id; the host-side one of a proxy */
 	__u16 port;
 	__u16 family;
 };
 
-/* map "reused", LRU hash: tuple of a SYN that met TIME_WAIT -> struct listener_key */
+/* map "steered", LRU hash: tuple of a packet that a listener is to get -> */
+struct steered_key {
+	struct tuple tuple;
+	__u32 ifindex;   /* in-pod contract: interface id; else 0 */
+};
+struct steered {
+	struct listener_key listener;
+	__u64 time;      /* bpf_ktime_get_ns: it is looked up at once or never */
+};
 
 /* map "trace", array[1] */
 struct trace {
@@ -296,7 +346,7 @@ struct event {
 
 /* map "counters", per-CPU hash without preallocation */
 struct counter_key {
-	__u32 ifindex; /* host-side interface; 0 for PROXY_INGRESS, whose ifindex belongs to another namespace */
+	__u32 ifindex; /* interface id; 0 for PROXY_INGRESS, whose ifindex belongs to another namespace */
 	__u16 program;
 	__u16 reason;
 };
@@ -338,9 +388,11 @@ struct attachment {
 	__u32 role;
 	__u32 contract;
 	__u32 flags; /* INTERFACE_* */
-	__u32 host_ifindex;
+	__u32 host_ifindex; /* 0: there is no host-side interface */
 	__u32 pod_ifindex;
 	__s32 nsid;
+	__u32 interface_id; /* key of "interfaces" and of all that follows from it; of a proxy its host_ifindex */
+	__u32 pad;
 	__u64 netns_dev;
 	__u64 netns_ino;
 	__u64 netns_cookie;

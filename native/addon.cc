@@ -169,17 +169,22 @@ Napi::Value linkByIndex(const Info &info) {
   return link_value(info.Env(), link_by_index(netns, to_ifindex(info[1], "ifindex")));
 }
 
-Napi::Value acceptLocal(const Info &info) {
+Napi::Value get_setting(const Info &info, const Ipv4Setting &setting) {
   int netns = to_netns(info[0], "netns");
-  return boolean(info, accept_local(netns, to_ifindex(info[1], "ifindex")));
+  return boolean(info, ipv4_setting(netns, to_ifindex(info[1], "ifindex"), setting));
 }
 
-Napi::Value setAcceptLocal(const Info &info) {
+Napi::Value set_setting(const Info &info, const Ipv4Setting &setting) {
   int netns = to_netns(info[0], "netns");
   uint32_t ifindex = to_ifindex(info[1], "ifindex");
-  set_accept_local(netns, ifindex, to_boolean(info[2], "on"));
+  set_ipv4_setting(netns, ifindex, setting, to_boolean(info[2], "on"));
   return info.Env().Undefined();
 }
+
+Napi::Value acceptLocal(const Info &info) { return get_setting(info, ACCEPT_LOCAL); }
+Napi::Value setAcceptLocal(const Info &info) { return set_setting(info, ACCEPT_LOCAL); }
+Napi::Value routeLocalnet(const Info &info) { return get_setting(info, ROUTE_LOCALNET); }
+Napi::Value setRouteLocalnet(const Info &info) { return set_setting(info, ROUTE_LOCALNET); }
 
 Napi::Value linkAddresses(const Info &info) {
   int netns = to_netns(info[0], "netns");
@@ -385,8 +390,10 @@ Napi::Value closeState(const Info &info) {
 
 Napi::Value settings(const Info &info) {
   State &state = to_state(info);
-  state.fd(SETTINGS);
-  return to_object(info.Env(), state.settings());
+  // One field may have changed since the state was opened.
+  struct settings settings = state.settings();
+  settings.check_cgroups = checks_cgroups(state);
+  return to_object(info.Env(), settings);
 }
 
 Napi::Value getAttachment(const Info &info) {
@@ -411,24 +418,28 @@ Napi::Value listAttachments(const Info &info) {
   return list<struct attachment>(info, to_state(info), ATTACHMENTS, "key", bytes_key);
 }
 
+uint32_t to_interface_id(Napi::Value value) {
+  return static_cast<uint32_t>(to_integer(value, "ifindex", 1, UINT32_MAX));
+}
+
 Napi::Value getInterface(const Info &info) {
   State &state = to_state(info);
-  uint32_t ifindex = to_ifindex(info[1], "ifindex");
-  return get<struct interface>(info, state, INTERFACES, &ifindex);
+  uint32_t id = to_interface_id(info[1]);
+  return get<struct interface>(info, state, INTERFACES, &id);
 }
 
 Napi::Value putInterface(const Info &info) {
   State &state = to_state(info);
-  uint32_t ifindex = to_ifindex(info[1], "ifindex");
+  uint32_t id = to_interface_id(info[1]);
   auto record = to_interface(info[2], "record");
-  update(state.fd(INTERFACES), &ifindex, &record, Update::any, "interfaces");
+  update(state.fd(INTERFACES), &id, &record, Update::any, "interfaces");
   return info.Env().Undefined();
 }
 
 Napi::Value deleteInterface(const Info &info) {
   State &state = to_state(info);
-  uint32_t ifindex = to_ifindex(info[1], "ifindex");
-  return boolean(info, erase(state.fd(INTERFACES), &ifindex, "interfaces"));
+  uint32_t id = to_interface_id(info[1]);
+  return boolean(info, erase(state.fd(INTERFACES), &id, "interfaces"));
 }
 
 Napi::Value listInterfaces(const Info &info) {
@@ -477,7 +488,7 @@ Napi::Value putProxies(const Info &info) {
 
 Napi::Value directFlows(const Info &info) {
   State &state = to_state(info);
-  uint32_t ifindex = to_ifindex(info[1], "ifindex");
+  uint32_t ifindex = to_interface_id(info[1]);
   return array_of(info.Env(), direct_flows(state, ifindex), [&](const struct tuple &flow) {
     Napi::Object object = Napi::Object::New(info.Env());
     object.Set("source", bytes_object(info.Env(), flow.source, sizeof(flow.source)));
@@ -490,13 +501,13 @@ Napi::Value directFlows(const Info &info) {
 
 Napi::Value deleteDirectFlows(const Info &info) {
   State &state = to_state(info);
-  uint32_t ifindex = to_ifindex(info[1], "ifindex");
+  uint32_t ifindex = to_interface_id(info[1]);
   return Napi::Number::New(info.Env(), delete_direct_flows(state, ifindex));
 }
 
 Napi::Value importDirectFlow(const Info &info) {
   int program = to_fd(info[0], "programFd");
-  uint32_t ifindex = to_ifindex(info[1], "ifindex");
+  uint32_t ifindex = to_interface_id(info[1]);
   Fields fields(info[2], "flow");
   struct tuple flow = {};
   fields.bytes("source", flow.source, sizeof(flow.source));
@@ -515,25 +526,25 @@ Napi::Value listDirectFlows(const Info &info) {
 
 Napi::Value putExclusions(const Info &info) {
   State &state = to_state(info);
-  uint32_t ifindex = to_ifindex(info[1], "ifindex");
+  uint32_t id = to_interface_id(info[1]);
   std::vector<ExclusionRule> rules;
   for (const Napi::Value &value : to_array(info[2], "rules", MAX_EXCLUSIONS)) {
     rules.push_back(to_exclusion(value, "rules[" + std::to_string(rules.size()) + "]"));
   }
-  put_exclusions(state, ifindex, rules);
+  put_exclusions(state, id, rules);
   return info.Env().Undefined();
 }
 
 Napi::Value deleteExclusions(const Info &info) {
   State &state = to_state(info);
-  uint32_t ifindex = to_ifindex(info[1], "ifindex");
+  uint32_t ifindex = to_interface_id(info[1]);
   return boolean(info, delete_exclusions(state, ifindex));
 }
 
 Napi::Value getExclusions(const Info &info) {
   State &state = to_state(info);
-  uint32_t ifindex = to_ifindex(info[1], "ifindex");
-  return array_of(info.Env(), exclusions(state, ifindex), [&](const ExclusionRule &rule) {
+  uint32_t id = to_interface_id(info[1]);
+  return array_of(info.Env(), exclusions(state, id), [&](const ExclusionRule &rule) {
     Napi::Object object = Napi::Object::New(info.Env());
     const char *kind = word_of(EXCLUSION_KINDS, rule.key.kind);
     if (!kind) throw KernelError(EPROTO, "bpf(BPF_MAP_GET_NEXT_KEY)", "map exclusion_rules has an unknown kind");
@@ -570,7 +581,37 @@ Napi::Value counters(const Info &info) {
 
 Napi::Value deleteCounters(const Info &info) {
   State &state = to_state(info);
-  return number(info, delete_counters(state, static_cast<uint32_t>(to_integer(info[1], "ifindex", 0, INT32_MAX))));
+  return number(info, delete_counters(state, to_u32(info[1], "ifindex")));
+}
+
+// ---- who the proxy is ----
+
+Napi::Value setCheckCgroups(const Info &info) {
+  State &state = to_state(info);
+  set_check_cgroups(state, to_boolean(info[1], "on"));
+  return info.Env().Undefined();
+}
+
+Napi::Value putProxyCgroup(const Info &info) {
+  State &state = to_state(info);
+  uint64_t id = to_u64(info[1], "id");
+  uint32_t value = 1;
+  update(state.fd(PROXY_CGROUPS), &id, &value, Update::any, "proxy_cgroups");
+  return info.Env().Undefined();
+}
+
+Napi::Value deleteProxyCgroup(const Info &info) {
+  State &state = to_state(info);
+  uint64_t id = to_u64(info[1], "id");
+  return boolean(info, erase(state.fd(PROXY_CGROUPS), &id, "proxy_cgroups"));
+}
+
+Napi::Value listProxyCgroups(const Info &info) {
+  return array_of(info.Env(), keys(to_state(info), PROXY_CGROUPS), [&](const std::string &key) {
+    uint64_t id;
+    memcpy(&id, key.data(), sizeof(id));
+    return bigint(info, id);
+  });
 }
 
 // Both fields: 0 is every interface and every reason.
@@ -626,6 +667,24 @@ Napi::Value loadPrograms(const Info &info) {
   return info.Env().Undefined();
 }
 
+const Name STUBS[] = {{"inpod_egress", INPOD_EGRESS},
+                      {"inpod_ingress", INPOD_INGRESS},
+                      {"inpod_lookup", INPOD_LOOKUP},
+                      {nullptr, 0}};
+const Name WITHOUT_TARGET[] = {{"pass", 0}, {"drop", 1}, {nullptr, 0}};
+
+Napi::Value loadStub(const Info &info) {
+  State &state = to_state(info);
+  auto program = static_cast<enum program>(to_word(info[1], "program", STUBS));
+  uint32_t id = to_interface_id(info[2]);
+  return number(info, load_stub(state, program, id, to_word(info[3], "otherwise", WITHOUT_TARGET)).release());
+}
+
+Napi::Value jumpTarget(const Info &info) {
+  State &state = to_state(info);
+  return number(info, jump_target(state, static_cast<enum program>(to_word(info[1], "program", STUBS))));
+}
+
 Napi::Value openProgram(const Info &info) {
   return number(info, get_object(to_path(info[0], "path"), false).release());
 }
@@ -652,7 +711,7 @@ Napi::Value testRun(const Info &info) {
     wrong_argument("packet", "a Uint8Array");
   }
   Napi::Uint8Array packet = info[1].As<Napi::Uint8Array>();
-  TestRunInput input = {0, 0, 0, 1};
+  TestRunInput input = {0, 0, 0, 1, 0};
   if (!info[2].IsUndefined()) {
     Fields skb(info[2], "skb");
     auto field = [&](const char *name, uint32_t &value, uint32_t minimum) {
@@ -663,6 +722,7 @@ Napi::Value testRun(const Info &info) {
     field("ingressIfindex", input.ingress_ifindex, 0);
     field("ifindex", input.ifindex, 0);
     field("repeat", input.repeat, 1);
+    field("interfaceId", input.interface_id, 0);
   }
   // Programs here change bytes and never make a packet longer than by a VLAN tag or so.
   std::vector<uint8_t> out(packet.ElementLength() + 256);
@@ -1037,6 +1097,8 @@ const Export FUNCTIONS[] = {
     EXPORT(linkAddresses),
     EXPORT(acceptLocal),
     EXPORT(setAcceptLocal),
+    EXPORT(routeLocalnet),
+    EXPORT(setRouteLocalnet),
     EXPORT(qdiscs),
     EXPORT(addRule),
     EXPORT(deleteRule),
@@ -1070,6 +1132,10 @@ const Export FUNCTIONS[] = {
     EXPORT(deleteExclusions),
     EXPORT(getExclusions),
     EXPORT(listExclusions),
+    EXPORT(setCheckCgroups),
+    EXPORT(putProxyCgroup),
+    EXPORT(deleteProxyCgroup),
+    EXPORT(listProxyCgroups),
     EXPORT(counters),
     EXPORT(deleteCounters),
     EXPORT(setTrace),
@@ -1077,6 +1143,8 @@ const Export FUNCTIONS[] = {
     EXPORT(followEvents),
     EXPORT(mapUsage),
     EXPORT(loadPrograms),
+    EXPORT(loadStub),
+    EXPORT(jumpTarget),
     EXPORT(openProgram),
     EXPORT(programInfo),
     EXPORT(programById),

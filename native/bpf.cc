@@ -93,6 +93,7 @@ TestRun test_run(int program, const uint8_t *packet, size_t size, uint8_t *out, 
   in.mark = input.mark;
   in.ingress_ifindex = input.ingress_ifindex;
   in.ifindex = input.ifindex;
+  in.cb[0] = input.interface_id;
   __sk_buff after = {};
   LIBBPF_OPTS(bpf_test_run_opts, options);
   options.data_in = packet;

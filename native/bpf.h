@@ -59,6 +59,7 @@ struct TestRunInput {
   uint32_t ingress_ifindex;
   uint32_t ifindex;
   uint32_t repeat;
+  uint32_t interface_id;  // in cb[0], where a stub puts it
 };
 TestRun test_run(int program, const uint8_t *packet, size_t size, uint8_t *out, size_t out_size,
                  const TestRunInput &input);

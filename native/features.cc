@@ -122,7 +122,9 @@ bool have_netns_cookie() {
   return socket_netns_cookie(socket.get()) != 0;
 }
 
-bool have_btf() {
+}  // namespace
+
+Fd load_int_btf() {
   // One type, int, named "int".
   struct {
     btf_header header;
@@ -141,7 +143,13 @@ bool have_btf() {
   object.type.size = 4;
   object.encoding = BTF_INT_SIGNED << 24 | 32;
   memcpy(object.names, "\0int", 5);
-  Fd btf(kernel_call("bpf(BPF_BTF_LOAD)", [&] { return bpf_btf_load(&object, sizeof(object), nullptr); }));
+  return Fd(kernel_call("bpf(BPF_BTF_LOAD)", [&] { return bpf_btf_load(&object, sizeof(object), nullptr); }));
+}
+
+namespace {
+
+bool have_btf() {
+  Fd btf = load_int_btf();
   if (btf) return true;
   if (errno == EINVAL) return false;
   throw KernelError(errno, "bpf(BPF_BTF_LOAD)", "probe for BTF");

@@ -4,6 +4,8 @@
 #ifndef AMBIENT_NATIVE_FEATURES_H
 #define AMBIENT_NATIVE_FEATURES_H
 
+#include "fd.h"
+
 namespace ambient {
 
 struct Features {
@@ -21,6 +23,9 @@ struct Features {
 // Probed at the first call, and never by anything that does not load programs. Throws EPERM where the process may not
 // load programs: then nothing is known.
 const Features &features();
+
+// A description of one type, number 1: int. Closed, with errno left, where the kernel takes none.
+Fd load_int_btf();
 
 }  // namespace ambient
 

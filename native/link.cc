@@ -114,7 +114,10 @@ std::vector<LinkAddress> link_addresses(int netns, uint32_t ifindex) {
   return found;
 }
 
-bool accept_local(int netns, uint32_t ifindex) {
+const Ipv4Setting ACCEPT_LOCAL = {"accept_local", IPV4_DEVCONF_ACCEPT_LOCAL};
+const Ipv4Setting ROUTE_LOCALNET = {"route_localnet", IPV4_DEVCONF_ROUTE_LOCALNET};
+
+bool ipv4_setting(int netns, uint32_t ifindex, const Ipv4Setting &setting) {
   Request request(RTM_GETLINK, 0);
   ifinfomsg header = {};
   header.ifi_index = static_cast<int>(ifindex);
@@ -129,7 +132,7 @@ bool accept_local(int netns, uint32_t ifindex) {
                     const rtattr *inet = families ? Attributes(families).find(AF_INET) : nullptr;
                     const rtattr *values = inet ? Attributes(inet).find(IFLA_INET_CONF) : nullptr;
                     // An array of 32-bit values; IPV4_DEVCONF_* count from 1.
-                    constexpr size_t at = (IPV4_DEVCONF_ACCEPT_LOCAL - 1) * sizeof(uint32_t);
+                    const size_t at = (setting.number - size_t{1}) * sizeof(uint32_t);
                     if (!values || RTA_PAYLOAD(values) < at + sizeof(uint32_t)) return;
                     uint32_t value;
                     memcpy(&value, static_cast<const char *>(RTA_DATA(values)) + at, sizeof(value));
@@ -138,7 +141,7 @@ bool accept_local(int netns, uint32_t ifindex) {
   return on;
 }
 
-void set_accept_local(int netns, uint32_t ifindex, bool on) {
+void set_ipv4_setting(int netns, uint32_t ifindex, const Ipv4Setting &setting, bool on) {
   Request request(RTM_SETLINK, 0);
   ifinfomsg header = {};
   header.ifi_index = static_cast<int>(ifindex);
@@ -146,12 +149,12 @@ void set_accept_local(int netns, uint32_t ifindex, bool on) {
   size_t families = request.begin(IFLA_AF_SPEC);
   size_t inet = request.begin(AF_INET);
   size_t values = request.begin(IFLA_INET_CONF);
-  request.put_u32(IPV4_DEVCONF_ACCEPT_LOCAL, on ? 1 : 0);
+  request.put_u32(setting.number, on ? 1 : 0);
   request.end(values);
   request.end(inet);
   request.end(families);
   NetlinkSocket(netns).transact(request, "RTM_SETLINK",
-                                "accept_local of ifindex " + std::to_string(ifindex) + " in " + netns_text(netns));
+                                std::string(setting.name) + " of ifindex " + std::to_string(ifindex) + " in " + netns_text(netns));
 }
 
 Fd open_link_events() {

@@ -35,9 +35,15 @@ std::optional<Link> link_by_name(int netns, const std::string &name);
 std::optional<Link> link_by_index(int netns, uint32_t ifindex);
 std::vector<LinkAddress> link_addresses(int netns, uint32_t ifindex);
 
-// net.ipv4.conf.DEVICE.accept_local, by rtnetlink: /proc/sys shows the namespace of whoever mounted it.
-bool accept_local(int netns, uint32_t ifindex);
-void set_accept_local(int netns, uint32_t ifindex, bool on);
+// net.ipv4.conf.DEVICE.*, by rtnetlink: /proc/sys shows the namespace of whoever mounted it. `number` is an
+// IPV4_DEVCONF_* of linux/ip.h.
+struct Ipv4Setting {
+  const char *name;
+  uint16_t number;
+};
+extern const Ipv4Setting ACCEPT_LOCAL, ROUTE_LOCALNET;
+bool ipv4_setting(int netns, uint32_t ifindex, const Ipv4Setting &setting);
+void set_ipv4_setting(int netns, uint32_t ifindex, const Ipv4Setting &setting, bool on);
 
 // A socket that becomes readable when a link of this namespace, or its qdiscs or filters, have come, gone or changed.
 Fd open_link_events();

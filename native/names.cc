@@ -8,8 +8,10 @@
 namespace ambient {
 
 // proxy_ingress last: its pin tells that all are there, also where the kernel has no socket lookup programs.
-const Name PROGRAMS[] = {{"pod_egress", POD_EGRESS},     {"pod_ingress", POD_INGRESS},     {"proxy_egress", PROXY_EGRESS},
-                         {"proxy_guard", PROXY_GUARD},   {"proxy_lookup", PROXY_LOOKUP},   {"proxy_ingress", PROXY_INGRESS}, {nullptr, 0}};
+const Name PROGRAMS[] = {{"pod_egress", POD_EGRESS},       {"pod_ingress", POD_INGRESS},   {"proxy_egress", PROXY_EGRESS},
+                         {"proxy_guard", PROXY_GUARD},     {"proxy_lookup", PROXY_LOOKUP}, {"inpod_egress", INPOD_EGRESS},
+                         {"inpod_ingress", INPOD_INGRESS}, {"inpod_lookup", INPOD_LOOKUP}, {"inpod_sign", INPOD_SIGN},
+                         {"inpod_guard", INPOD_GUARD},     {"proxy_ingress", PROXY_INGRESS}, {nullptr, 0}};
 
 const Name REASONS[] = {
     {"redirected_outbound", REASON_REDIRECTED_OUTBOUND},
@@ -42,6 +44,7 @@ const Name REASONS[] = {
     {"pass_fragment", REASON_PASS_FRAGMENT},
     {"drop_no_listener", REASON_DROP_NO_LISTENER},
     {"drop_spoofed_source", REASON_DROP_SPOOFED_SOURCE},
+    {"drop_not_our_address", REASON_DROP_NOT_OUR_ADDRESS},
     {"drop_short_first_fragment", REASON_DROP_SHORT_FIRST_FRAGMENT},
     {"drop_syn_fragment", REASON_DROP_SYN_FRAGMENT},
     {"drop_malformed", REASON_DROP_MALFORMED},
@@ -51,6 +54,7 @@ const Name REASONS[] = {
     {"drop_forged_sign", REASON_DROP_FORGED_SIGN},
     {"drop_fragment", REASON_DROP_FRAGMENT},
     {"reset_no_listener", REASON_RESET_NO_LISTENER},
+    {"drop_unjudged", REASON_DROP_UNJUDGED},
     {nullptr, 0},
 };
 
@@ -69,6 +73,8 @@ const Name FLAGS[] = {
     FLAG(INTERFACE_NO_HBONE),
     FLAG(INTERFACE_ACCEPT_LOCAL),
     FLAG(INTERFACE_TPROXY),
+    FLAG(INTERFACE_IN_POD),
+    FLAG(INTERFACE_ROUTE_LOCALNET),
     FLAG(VARIANT_NO_REDIRECT_PEER),
     FLAG(VARIANT_NO_SK_LOOKUP),
     FLAG(VARIANT_NO_SK_ASSIGN),

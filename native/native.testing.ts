@@ -47,6 +47,7 @@ export function attachmentRecord(): AttachmentRecord {
     hostIfindex: 7,
     podIfindex: 2,
     nsid: -1,
+    interfaceId: 0x80000007,
     netns: { dev: 4n, ino: 4026532281n, cookie: 0xffff_ffff_ffff_fffen },
     enrolledAt: 1_700_000_000,
     podMac: '02:00:5e:10:00:01',
@@ -96,6 +97,9 @@ export function interfaceRecord(): InterfaceRecord {
     podIfindex: 2,
     nsid: 3,
     master: 9,
+    ports: { outbound: 15001, inboundPlaintext: 15006, inboundHBONE: 15008, dns: 15053 },
+    address4: address(1),
+    address6: bytes(16),
   };
 }
 

@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "programs.h"
 
+#include <bpf/bpf.h>
 #include <bpf/libbpf.h>
+#include <linux/bpf.h>
+#include <linux/pkt_cls.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -10,6 +14,7 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <vector>
 
 #include "error.h"
 #include "faults.h"
@@ -63,6 +68,18 @@ class Collecting {
 struct Destroy {
   void operator()(redirect_bpf *skeleton) const { redirect_bpf__destroy(skeleton); }
 };
+
+struct Jump {
+  Map map;
+  uint32_t index;
+};
+
+Jump jump_of(enum program program) {
+  if (program == INPOD_LOOKUP) return {JUMP_LOOKUP, SLOT_LOOKUP};
+  return {JUMP, program == INPOD_EGRESS ? SLOT_EGRESS : SLOT_INGRESS};
+}
+
+constexpr enum program JUMPED_TO[] = {INPOD_EGRESS, INPOD_INGRESS, INPOD_LOOKUP};
 
 #ifdef AMBIENT_FAULTS
 // For tests: the object in $AMBIENT_REDIRECT_OBJECT in place of the one that is inside, so that a changed program needs
@@ -133,11 +150,18 @@ void load_programs(const State &state, const std::string &dir, const std::string
   // What has no bpf_sk_assign (5.7) has no socket lookup programs (5.9).
   constants->use_sk_lookup = constants->use_sk_assign && kernel.sk_lookup && !(settings.variant & VARIANT_NO_SK_LOOKUP);
   constants->use_ringbuf = map_info(state.fd(EVENTS), "events").type == BPF_MAP_TYPE_RINGBUF;
-  if (!constants->use_sk_lookup) bpf_program__set_autoload(skeleton->progs.proxy_lookup, false);
+  if (!constants->use_sk_lookup) {
+    bpf_program__set_autoload(skeleton->progs.proxy_lookup, false);
+    // Without it the in-pod contract has no way to the proxy's listeners.
+    for (bpf_program *program : {skeleton->progs.inpod_egress, skeleton->progs.inpod_ingress,
+                                 skeleton->progs.inpod_lookup, skeleton->progs.inpod_sign, skeleton->progs.inpod_guard}) {
+      bpf_program__set_autoload(program, false);
+    }
+  }
 
-  for (int i = 0; i < SETTINGS; i++) {
+  for (int i = 0; i < MAP_COUNT; i++) {
     Map map = static_cast<Map>(i);
-    // attachments is a map of the loader alone
+    // attachments and the jump maps are the loader's alone
     bpf_map *declared = bpf_object__find_map_by_name(skeleton->obj, map_name(map));
     if (!declared) continue;
     int result = kernel_call("bpf(BPF_OBJ_GET_INFO_BY_FD)", [&] { return bpf_map__reuse_fd(declared, state.fd(map)); });
@@ -150,6 +174,15 @@ void load_programs(const State &state, const std::string &dir, const std::string
     std::string verdict = verdict_line(error.verifier_log);
     if (!verdict.empty()) error.kernel_message = verdict + "; " + error.kernel_message;
     throw error;
+  }
+
+  // What runs in pods' namespaces already goes on with these.
+  for (enum program jumped_to : JUMPED_TO) {
+    bpf_program *program = bpf_object__find_program_by_name(skeleton->obj, word_of(PROGRAMS, jumped_to));
+    if (!program || !bpf_program__autoload(program)) continue;
+    const Jump jump = jump_of(jumped_to);
+    int fd = bpf_program__fd(program);
+    update(state.fd(jump.map), &jump.index, &fd, Update::any, map_name(jump.map));
   }
 
   std::string programs = dir + "/programs", directory = programs + "/" + tag;
@@ -168,6 +201,56 @@ void load_programs(const State &state, const std::string &dir, const std::string
   // It counts nothing and is attached nowhere, so it is none of PROGRAMS, whose last one tells that all are there.
   pin("direct_import");
   for (const Name *name = PROGRAMS; name->word; name++) pin(name->word);
+}
+
+Fd load_stub(const State &state, enum program program, uint32_t interface_id, bool drop) {
+  const bool lookup = program == INPOD_LOOKUP;
+  const Jump jump = jump_of(program);
+  const auto id = static_cast<int32_t>(interface_id);
+  std::vector<bpf_insn> code;
+  auto map = [&](uint8_t reg, int fd) {
+    code.push_back({BPF_LD | BPF_DW | BPF_IMM, reg, BPF_PSEUDO_MAP_FD, 0, fd});
+    code.push_back({0, 0, 0, 0, 0});
+  };
+  if (lookup) {
+    // identity[0] = id; the context has no room for it
+    code.push_back({BPF_ALU64 | BPF_MOV | BPF_X, BPF_REG_6, BPF_REG_1, 0, 0});
+    code.push_back({BPF_ST | BPF_MEM | BPF_W, BPF_REG_10, 0, -4, 0});
+    code.push_back({BPF_ALU64 | BPF_MOV | BPF_X, BPF_REG_2, BPF_REG_10, 0, 0});
+    code.push_back({BPF_ALU64 | BPF_ADD | BPF_K, BPF_REG_2, 0, 0, -4});
+    map(BPF_REG_1, state.fd(IDENTITY));
+    code.push_back({BPF_JMP | BPF_CALL, 0, 0, 0, BPF_FUNC_map_lookup_elem});
+    code.push_back({BPF_JMP | BPF_JEQ | BPF_K, BPF_REG_0, 0, 2, 0});
+    code.push_back({BPF_ALU64 | BPF_MOV | BPF_K, BPF_REG_1, 0, 0, id});
+    code.push_back({BPF_STX | BPF_MEM | BPF_W, BPF_REG_0, BPF_REG_1, 0, 0});
+    code.push_back({BPF_ALU64 | BPF_MOV | BPF_X, BPF_REG_1, BPF_REG_6, 0, 0});
+  } else {
+    // skb->cb[0] = id: it lasts over the tail call, and nobody else writes it in between
+    code.push_back({BPF_ALU64 | BPF_MOV | BPF_K, BPF_REG_2, 0, 0, id});
+    code.push_back({BPF_STX | BPF_MEM | BPF_W, BPF_REG_1, BPF_REG_2, offsetof(struct __sk_buff, cb), 0});
+  }
+  map(BPF_REG_2, state.fd(jump.map));
+  code.push_back({BPF_ALU64 | BPF_MOV | BPF_K, BPF_REG_3, 0, 0, static_cast<int32_t>(jump.index)});
+  code.push_back({BPF_JMP | BPF_CALL, 0, 0, 0, BPF_FUNC_tail_call});
+  const int32_t otherwise = lookup ? static_cast<int32_t>(SK_PASS) : drop ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+  code.push_back({BPF_ALU64 | BPF_MOV | BPF_K, BPF_REG_0, 0, 0, otherwise});
+  code.push_back({BPF_JMP | BPF_EXIT, 0, 0, 0, 0});
+
+  const char *name = word_of(PROGRAMS, program);
+  LIBBPF_OPTS(bpf_prog_load_opts, options);
+  if (lookup) options.expected_attach_type = BPF_SK_LOOKUP;
+  Fd fd(kernel_call("bpf(BPF_PROG_LOAD)", [&] {
+    return bpf_prog_load(lookup ? BPF_PROG_TYPE_SK_LOOKUP : BPF_PROG_TYPE_SCHED_CLS, name, "Dual BSD/GPL", code.data(),
+                         code.size(), &options);
+  }));
+  if (!fd) throw KernelError(errno, "bpf(BPF_PROG_LOAD)", std::string("stub of ") + name);
+  return fd;
+}
+
+uint32_t jump_target(const State &state, enum program program) {
+  const Jump jump = jump_of(program);
+  uint32_t id = 0;
+  return lookup(state.fd(jump.map), &jump.index, &id, map_name(jump.map)) ? id : 0;
 }
 
 }  // namespace ambient

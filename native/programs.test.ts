@@ -73,7 +73,7 @@ describe('loadPrograms', () => {
         type: string;
       };
       expect(info).toEqual({ id: shown.id, name, tag: shown.tag });
-      expect(shown.type).toBe(name === 'proxy_lookup' ? 'sk_lookup' : 'sched_cls');
+      expect(shown.type).toBe(name.endsWith('_lookup') ? 'sk_lookup' : 'sched_cls');
       expect(native.programById(info.id)).toEqual(info);
     }
   });

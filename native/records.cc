@@ -53,6 +53,25 @@ struct hook_record to_hook(Napi::Value value, const std::string &path) {
   return hook;
 }
 
+// Of a struct that has the four.
+template <typename Record>
+Napi::Object ports_object(Napi::Env env, const Record &record) {
+  Napi::Object ports = Napi::Object::New(env);
+  ports.Set("outbound", record.outbound);
+  ports.Set("inboundPlaintext", record.inbound_plaintext);
+  ports.Set("inboundHBONE", record.inbound_hbone);
+  ports.Set("dns", record.dns);
+  return ports;
+}
+
+template <typename Record>
+void to_ports(const Fields &ports, Record &record) {
+  record.outbound = ports.port("outbound");
+  record.inbound_plaintext = ports.port("inboundPlaintext");
+  record.inbound_hbone = ports.port("inboundHBONE");
+  record.dns = ports.port("dns");
+}
+
 Napi::Object proxy_object(Napi::Env env, const struct proxy &proxy) {
   Napi::Object object = Napi::Object::New(env);
   object.Set("key", bytes_object(env, proxy.key, sizeof(proxy.key)));
@@ -63,18 +82,12 @@ Napi::Object proxy_object(Napi::Env env, const struct proxy &proxy) {
   object.Set("nsid", proxy.nsid);
   object.Set("master", proxy.master);
   object.Set("mac", mac_text(proxy.mac));
-  Napi::Object ports = Napi::Object::New(env);
-  ports.Set("outbound", proxy.outbound);
-  ports.Set("inboundPlaintext", proxy.inbound_plaintext);
-  ports.Set("inboundHBONE", proxy.inbound_hbone);
-  ports.Set("dns", proxy.dns);
-  object.Set("ports", ports);
+  object.Set("ports", ports_object(env, proxy));
   return object;
 }
 
 struct proxy to_proxy(Napi::Value value, const std::string &path) {
   Fields fields(value, path);
-  Fields ports = fields.object("ports");
   struct proxy proxy = {};
   fields.bytes("key", proxy.key, sizeof(proxy.key));
   proxy.netns_cookie = fields.u64("netnsCookie");
@@ -84,10 +97,7 @@ struct proxy to_proxy(Napi::Value value, const std::string &path) {
   proxy.nsid = fields.nsid("nsid");
   proxy.master = fields.u32("master");
   fields.mac("mac", proxy.mac);
-  proxy.outbound = ports.port("outbound");
-  proxy.inbound_plaintext = ports.port("inboundPlaintext");
-  proxy.inbound_hbone = ports.port("inboundHBONE");
-  proxy.dns = ports.port("dns");
+  to_ports(fields.object("ports"), proxy);
   return proxy;
 }
 
@@ -113,6 +123,7 @@ Napi::Object to_object(Napi::Env env, const struct settings &settings) {
   object.Set("variant", settings.variant);
   object.Set("sign", bytes_object(env, settings.sign, sizeof(settings.sign)));
   object.Set("bootId", boot_id_text(settings.boot_id));
+  object.Set("checkCgroups", Napi::Boolean::New(env, settings.check_cgroups));
   return object;
 }
 
@@ -124,6 +135,9 @@ Napi::Object to_object(Napi::Env env, const struct interface &record) {
   object.Set("podIfindex", record.pod_ifindex);
   object.Set("nsid", record.nsid);
   object.Set("master", record.master);
+  object.Set("ports", ports_object(env, record));
+  object.Set("address4", bytes_object(env, record.address4, sizeof(record.address4)));
+  object.Set("address6", bytes_object(env, record.address6, sizeof(record.address6)));
   return object;
 }
 
@@ -136,6 +150,9 @@ struct interface to_interface(Napi::Value value, const std::string &path) {
   record.pod_ifindex = fields.u32("podIfindex");
   record.nsid = fields.nsid("nsid");
   record.master = fields.u32("master");
+  to_ports(fields.object("ports"), record);
+  fields.bytes("address4", record.address4, sizeof(record.address4));
+  fields.bytes("address6", record.address6, sizeof(record.address6));
   return record;
 }
 
@@ -192,6 +209,7 @@ Napi::Object to_object(Napi::Env env, const struct attachment &record) {
   object.Set("hostIfindex", record.host_ifindex);
   object.Set("podIfindex", record.pod_ifindex);
   object.Set("nsid", record.nsid);
+  object.Set("interfaceId", record.interface_id);
   Napi::Object netns = Napi::Object::New(env);
   netns.Set("dev", Napi::BigInt::New(env, static_cast<uint64_t>(record.netns_dev)));
   netns.Set("ino", Napi::BigInt::New(env, static_cast<uint64_t>(record.netns_ino)));
@@ -233,6 +251,7 @@ struct attachment to_attachment(Napi::Value value, const std::string &path) {
   record.host_ifindex = fields.u32("hostIfindex");
   record.pod_ifindex = fields.u32("podIfindex");
   record.nsid = fields.nsid("nsid");
+  record.interface_id = fields.u32("interfaceId");
   Fields netns = fields.object("netns");
   record.netns_dev = netns.u64("dev");
   record.netns_ino = netns.u64("ino");

@@ -14,6 +14,7 @@
 
 #include "background.h"
 #include "error.h"
+#include "features.h"
 #include "faults.h"
 #include "files.h"
 #include "names.h"
@@ -42,7 +43,12 @@ const Shape SHAPES[MAP_COUNT] = {
     {"fragments", BPF_MAP_TYPE_LRU_HASH, sizeof(struct fragment_key), sizeof(struct fragment), 0},
     {"resolvers", BPF_MAP_TYPE_LRU_HASH, sizeof(struct query), 16, 0},
     {"listeners", BPF_MAP_TYPE_SOCKHASH, sizeof(struct listener_key), sizeof(uint64_t), 0},
-    {"reused", BPF_MAP_TYPE_LRU_HASH, sizeof(struct tuple), sizeof(struct listener_key), 0},
+    {"steered", BPF_MAP_TYPE_LRU_HASH, sizeof(struct steered_key), sizeof(struct steered), 0},
+    {"proxy_cgroups", BPF_MAP_TYPE_HASH, sizeof(uint64_t), sizeof(uint32_t), BPF_F_NO_PREALLOC},
+    {"proxy_sockets", BPF_MAP_TYPE_SK_STORAGE, sizeof(uint32_t), sizeof(uint32_t), BPF_F_NO_PREALLOC},
+    {"identity", BPF_MAP_TYPE_PERCPU_ARRAY, sizeof(uint32_t), sizeof(uint32_t), 0},
+    {"jump", BPF_MAP_TYPE_PROG_ARRAY, sizeof(uint32_t), sizeof(uint32_t), 0},
+    {"jump_lookup", BPF_MAP_TYPE_PROG_ARRAY, sizeof(uint32_t), sizeof(uint32_t), 0},
     {"trace", BPF_MAP_TYPE_ARRAY, sizeof(uint32_t), sizeof(struct trace), 0},
     {"events", BPF_MAP_TYPE_RINGBUF, 0, 0, 0},
     {"counters", BPF_MAP_TYPE_PERCPU_HASH, sizeof(struct counter_key), sizeof(struct counter), BPF_F_NO_PREALLOC},
@@ -64,12 +70,19 @@ uint32_t capacity(Map map, const struct settings &settings) {
     case FLOWS:
       return settings.max_flows;
     case FRAGMENTS:
-    case REUSED:
       return 4096;
     case RESOLVERS:
+    case STEERED:
       return 16384;
     case LISTENERS:
-      return PROXY_SLOTS * 16;
+      // For each pod with a proxy of its own outbound and inbound, in both families.
+      return PROXY_SLOTS * 16 + settings.max_pods * 4;
+    case PROXY_CGROUPS:
+      return 64;
+    case PROXY_SOCKETS:
+      return 0;  // grows with the sockets
+    case JUMP:
+      return SLOT_COUNT;
     case EVENTS:
       return 1 << 20;  // bytes
     case COUNTERS:
@@ -149,9 +162,31 @@ Fd make_events(const std::string &path) {
   return make_map(perf, possible_cpus(), nullptr, path);
 }
 
+// Socket storage is the one type that the kernel makes only with a description of key and value.
+Fd make_proxy_sockets(const std::string &path) {
+  const Shape &shape = SHAPES[PROXY_SOCKETS];
+  LIBBPF_OPTS(bpf_map_create_opts, options);
+  options.map_flags = shape.flags;
+  Fd btf = load_int_btf();
+  if (!btf && errno != EINVAL) throw KernelError(errno, "bpf(BPF_BTF_LOAD)", path);
+  if (btf) {
+    options.btf_fd = static_cast<uint32_t>(btf.get());
+    options.btf_key_type_id = options.btf_value_type_id = 1;
+    try {
+      return make_map(shape, 0, &options, path);
+    } catch (const KernelError &error) {
+      if (error.number != EINVAL) throw;
+    }
+  }
+  // None below 5.2, where no program that uses it is loaded.
+  Shape unused = {shape.name, BPF_MAP_TYPE_HASH, shape.key_size, shape.value_size, 0};
+  return make_map(unused, 1, nullptr, path);
+}
+
 Fd make_state_map(Map map, const struct settings &settings, const std::string &path) {
   const Shape &shape = SHAPES[map];
   if (map == EVENTS) return make_events(path);
+  if (map == PROXY_SOCKETS) return make_proxy_sockets(path);
   LIBBPF_OPTS(bpf_map_create_opts, options);
   options.map_flags = shape.flags;
   Fd inner;
@@ -175,6 +210,7 @@ std::string shape_text(uint32_t type, uint32_t key_size, uint32_t value_size) {
 
 bool fits(const MapInfo &info, const Shape &shape) {
   if (shape.type == BPF_MAP_TYPE_RINGBUF && info.type == BPF_MAP_TYPE_PERF_EVENT_ARRAY) return true;
+  if (shape.type == BPF_MAP_TYPE_SK_STORAGE && info.type == BPF_MAP_TYPE_HASH) return true;
   return info.type == shape.type && info.key_size == shape.key_size && info.value_size == shape.value_size;
 }
 
@@ -278,7 +314,7 @@ void create_state(const std::string &dir, const WantedState &wanted) {
         check_shape(info, SHAPES[i], path);
         continue;
       }
-      if (fits(info, SHAPES[i]) && (map == EVENTS || info.max_entries == capacity(map, settings))) continue;
+      if (fits(info, SHAPES[i]) && (map == EVENTS || map == PROXY_SOCKETS || info.max_entries == capacity(map, settings))) continue;
       // Left by a creation that was interrupted and wanted another size: nobody has opened it.
       remove_file(path);
     }
@@ -361,8 +397,9 @@ std::optional<uint64_t> count_in_batches(int fd, const Shape &shape) {
 }
 
 uint64_t count_entries(const State &state, Map map) {
-  if (map == SETTINGS || map == TRACE) return 1;
-  if (map == EVENTS) return 0;
+  if (map == SETTINGS || map == TRACE || map == IDENTITY || map == JUMP_LOOKUP) return 1;
+  if (map == JUMP) return SLOT_COUNT;
+  if (map == EVENTS || map == PROXY_SOCKETS) return 0;
   if (auto count = count_in_batches(state.fd(map), SHAPES[map])) return *count;
   uint64_t count = 0;
   walk(state, map, [&](const std::string &) { count++; });
@@ -521,6 +558,19 @@ uint32_t delete_counters(const State &state, uint32_t ifindex) {
   });
   if (result < 0) throw KernelError(errno, "bpf(BPF_MAP_DELETE_ELEM)", "map counters");
   return deleted;
+}
+
+bool checks_cgroups(const State &state) {
+  struct settings settings = {};
+  uint32_t key = 0;
+  return lookup(state.fd(SETTINGS), &key, &settings, "settings") && settings.check_cgroups != 0;
+}
+
+void set_check_cgroups(const State &state, bool on) {
+  struct settings settings = state.settings();
+  uint32_t key = 0;
+  settings.check_cgroups = on ? 1 : 0;
+  update(state.fd(SETTINGS), &key, &settings, Update::any, "settings");
 }
 
 std::vector<MapUsage> map_usage(const State &state) {

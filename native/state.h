@@ -29,7 +29,12 @@ enum Map {
   FRAGMENTS,
   RESOLVERS,
   LISTENERS,
-  REUSED,
+  STEERED,
+  PROXY_CGROUPS,
+  PROXY_SOCKETS,
+  IDENTITY,
+  JUMP,
+  JUMP_LOOKUP,
   TRACE,
   EVENTS,
   COUNTERS,
@@ -99,6 +104,10 @@ struct CounterSum {
 };
 std::vector<CounterSum> counters(const State &state);
 uint32_t delete_counters(const State &state, uint32_t ifindex);
+
+// Whether the proxy's mark counts only on sockets of the cgroups in PROXY_CGROUPS; read anew at each call.
+bool checks_cgroups(const State &state);
+void set_check_cgroups(const State &state, bool on);
 
 struct MapUsage {
   const char *map;

@@ -47,7 +47,6 @@ const numbers = [-2, 1.5, Number.NaN, Number.POSITIVE_INFINITY, 2 ** 53, 1n, '1'
 const netns: Kind = { right: () => -1, wrong: [...never, ...objects, ...numbers] };
 const fd: Kind = { right: () => 1_000_000, wrong: [...never, ...objects, ...numbers, -1] };
 const ifindex: Kind = { right: () => 1, wrong: [...never, ...objects, ...numbers, 0, -1, 2 ** 31] };
-const anyIfindex: Kind = { right: () => 1, wrong: [...never, ...objects, ...numbers, -1, 2 ** 31] };
 const u32: Kind = { right: () => 1, wrong: [...never, ...objects, ...numbers, -1, 2 ** 32] };
 const positive: Kind = { right: () => 1, wrong: [...u32.wrong, 0] };
 const timeout: Kind = { right: () => 1, wrong: [...never, ...objects, ...numbers, -1, 3_600_001] };
@@ -83,6 +82,9 @@ const exclusionRules: Kind = {
   right: () => [{ kind: 'inbound_port', value: bytes(16), length: 16, excluded: true }],
   wrong: [...never, {}, 1, '', [1], Array.from({ length: 4097 }, () => null)],
 };
+const cgroup: Kind = { right: () => 1n, wrong: [...never, ...objects, 1, '', -1n, 1n << 64n] };
+const stubbed: Kind = { right: () => 'inpod_egress', wrong: [...never, ...objects, 1, '', 'pod_egress'] };
+const interfaceId: Kind = { right: () => 0x80000001, wrong: [...never, ...objects, ...numbers, 0] };
 const traceFilter: Kind = { right: () => ({ ifindex: 0, reason: null }), wrong: [undefined, 1, '', true] };
 const socketPath: Kind = { right: () => '/nonexistent/s', wrong: [...path.wrong, `/${'x'.repeat(107)}`] };
 const fdList: Kind = {
@@ -139,6 +141,15 @@ const functions: Record<
     ['ifindex', ifindex],
     ['on', boolean],
   ],
+  routeLocalnet: [
+    ['netns', netns],
+    ['ifindex', ifindex],
+  ],
+  setRouteLocalnet: [
+    ['netns', netns],
+    ['ifindex', ifindex],
+    ['on', boolean],
+  ],
   qdiscs: [
     ['netns', netns],
     ['ifindex', ifindex],
@@ -168,6 +179,29 @@ const functions: Record<
     ['family', family],
     ['table', positive],
   ],
+  setCheckCgroups: [
+    ['state', stateKind],
+    ['on', boolean],
+  ],
+  putProxyCgroup: [
+    ['state', stateKind],
+    ['id', cgroup],
+  ],
+  deleteProxyCgroup: [
+    ['state', stateKind],
+    ['id', cgroup],
+  ],
+  listProxyCgroups: [['state', stateKind]],
+  loadStub: [
+    ['state', stateKind],
+    ['program', stubbed],
+    ['ifindex', interfaceId],
+    ['otherwise', { right: () => 'drop', wrong: [...never, ...objects, 0, '', 'open'] }],
+  ],
+  jumpTarget: [
+    ['state', stateKind],
+    ['program', stubbed],
+  ],
   createState: [
     ['dir', path],
     ['wanted', object(() => structuredClone(WANTED))],
@@ -191,16 +225,16 @@ const functions: Record<
   listAttachments: [['state', stateKind]],
   getInterface: [
     ['state', stateKind],
-    ['ifindex', ifindex],
+    ['ifindex', interfaceId],
   ],
   putInterface: [
     ['state', stateKind],
-    ['ifindex', ifindex],
+    ['ifindex', interfaceId],
     ['record', object(interfaceRecord)],
   ],
   deleteInterface: [
     ['state', stateKind],
-    ['ifindex', ifindex],
+    ['ifindex', interfaceId],
   ],
   listInterfaces: [['state', stateKind]],
   getEndpoint: [
@@ -226,36 +260,36 @@ const functions: Record<
   ],
   directFlows: [
     ['state', stateKind],
-    ['ifindex', ifindex],
+    ['ifindex', interfaceId],
   ],
   deleteDirectFlows: [
     ['state', stateKind],
-    ['ifindex', ifindex],
+    ['ifindex', interfaceId],
   ],
   importDirectFlow: [
     ['programFd', fd],
-    ['ifindex', ifindex],
+    ['ifindex', interfaceId],
     ['flow', object(() => ({ source: address(1), sourcePort: 1, destination: address(2), destinationPort: 2 }))],
   ],
   listDirectFlows: [['state', stateKind]],
   putExclusions: [
     ['state', stateKind],
-    ['ifindex', ifindex],
+    ['ifindex', interfaceId],
     ['rules', exclusionRules],
   ],
   deleteExclusions: [
     ['state', stateKind],
-    ['ifindex', ifindex],
+    ['ifindex', interfaceId],
   ],
   getExclusions: [
     ['state', stateKind],
-    ['ifindex', ifindex],
+    ['ifindex', interfaceId],
   ],
   listExclusions: [['state', stateKind]],
   counters: [['state', stateKind]],
   deleteCounters: [
     ['state', stateKind],
-    ['ifindex', anyIfindex],
+    ['ifindex', u32],
   ],
   setTrace: [
     ['state', stateKind],
@@ -280,7 +314,10 @@ const functions: Record<
     ['packet', packet],
     [
       'skb',
-      { ...object(() => ({ mark: 1, ingressIfindex: 1, ifindex: 1, repeat: 1 }), true), wrong: [null, [], 1, ''] },
+      {
+        ...object(() => ({ mark: 1, ingressIfindex: 1, ifindex: 1, repeat: 1, interfaceId: 1 }), true),
+        wrong: [null, [], 1, ''],
+      },
     ],
   ],
   attachTcx: [

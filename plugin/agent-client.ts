@@ -143,8 +143,9 @@ function request(method: string, path: string, body: object | undefined): string
   ].join('\r\n');
 }
 
-async function exchange(path: string, text: string, timeoutMs: number): Promise<Buffer> {
-  const { connect } = await import('node:net');
+function exchange(path: string, text: string, timeoutMs: number): Promise<Buffer> {
+  // Loaded when needed; import() does not work in the command line's bundle.
+  const { connect } = process.getBuiltinModule('node:net');
   return new Promise((resolve, reject) => {
     const socket = connect({ path });
     const chunks: Buffer[] = [];

@@ -64,7 +64,7 @@ describe('wrong usage exits 2 and writes to stderr only', () => {
     ['unenroll', '--pod', 'a/b', '--netns', '/x'],
     ['proxy'],
     ['proxy', 'set'],
-    ['demo', '--contract', 'in-pod'],
+    ['demo', '--contract', 'sidecar'],
     ['demo', '--family', '5'],
     ['install', '--wait', 'soon'],
     ['install', '--cni-conf-name', '../x.conflist'],

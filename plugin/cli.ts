@@ -100,8 +100,8 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
     .addOption(listOption('--exclude-outbound-ports <list>', 'ports and ranges, also 8000-8100', parsePortRange))
     .addOption(listOption('--exclude-outbound-cidrs <list>', 'destinations, as IP prefixes', parseCidr))
     .option('--dns-capture', "its DNS queries go to the proxy's DNS port")
-    .action((options: DirectoryOptions & TrafficOptions & { conf?: string; netns: string; ifname: string }) => {
-      finish(enroll(loadNative(), terminal, settingsOf(options), options));
+    .action(async (options: DirectoryOptions & TrafficOptions & { conf?: string; netns: string; ifname: string }) => {
+      finish(await enroll(loadNative(), terminal, settingsOf(options), options));
     });
 
   const unenrollCommand = settingsOptions(command(program, 'unenroll', "takes a running pod's programs away"))
@@ -173,7 +173,7 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
       finish(await runZtunnel(loadNative(), terminal, options));
     });
 
-  const demoCommand = command(program, 'demo', 'the whole thing in throw-away namespaces, with a proxy of its own')
+  command(program, 'demo', 'the whole thing in throw-away namespaces, with a proxy of its own')
     .addOption(
       new Option('--contract <contract>', 'how the proxy is reached').choices(['shared', 'in-pod']).default('shared'),
     )
@@ -181,8 +181,7 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
     .option('--keep', 'leave it up, and print how to look inside')
     .option('--remove <name>', 'take away one that was kept')
     .addOption(new Option('--serve <name>').hideHelp())
-    .action(async (options: Parameters<typeof demo>[2] & { contract: string }) => {
-      if (options.contract === 'in-pod') demoCommand.error('error: --contract in-pod is not in this version');
+    .action(async (options: Parameters<typeof demo>[2]) => {
       finish(await demo(loadNative, terminal, options));
     });
   return program;

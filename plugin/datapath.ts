@@ -7,6 +7,7 @@ import { readFileSync } from 'node:fs';
 import { hex, linkDirectory, linkPin, programPin, sameKey } from './attachments.ts';
 import { formatAddress } from './cni/address.ts';
 import { CniError, Code, type ErrorCode, quote } from './cni/errors.ts';
+import { assertSteering, interfaceIdOfKey, isStubbed } from './in-pod.ts';
 import type {
   Address,
   AttachmentKey,
@@ -29,13 +30,14 @@ import {
   FILTER_PRIORITY,
   type HostFacts,
   type PlannedHook,
+  planInPod,
   planPod,
   planProxy,
   ROUTE_PROTOCOL,
   ROUTE_TABLE,
   RULE_PRIORITY,
 } from './redirect/plan.ts';
-import { openSandbox, readFacts } from './sandbox.ts';
+import { openSandbox, readFacts, requirePeer } from './sandbox.ts';
 import {
   type Directories,
   ensurePrograms,
@@ -90,6 +92,8 @@ interface Attachment {
   target: Target;
   netns: number;
   facts: HostFacts;
+  /** key of the maps that programs look into */
+  id: number;
   plan: AttachPlan;
   record: AttachmentRecord;
   /** the same kernel objects are recorded: they are changed where they are */
@@ -99,38 +103,28 @@ interface Attachment {
 
 /** Throws CniError; nothing is left then. Doing it again for the same key replaces what is there. */
 export function attach(native: Native, config: RedirectConfig, target: Target): AttachmentRecord {
-  if (config.proxy.contract !== 'shared') {
-    throw new CniError(
-      Code.INVALID_NETWORK_CONFIG,
-      'invalid field "proxy.contract" = "in-pod"',
-      'this version has the contract "shared" only',
-    );
-  }
   const netns = openSandbox(native, target.netnsPath);
   let state: State | undefined;
   try {
-    if (target.role === 'none') {
+    // In the in-pod contract the proxy's own pod is one like those that are not enrolled.
+    if (target.role === 'none' || (target.role === 'proxy' && config.proxy.contract === 'in-pod')) {
       state = ensureState(native, config);
       return recordOnly(native, config, state, target, netns);
     }
     const facts = readFacts(native, netns, target.netnsPath, target.ifname, target.shaped);
-    const plan =
-      target.role === 'proxy'
-        ? planProxy(facts)
-        : planPod(config, facts, target.resultAddresses, target.strict, target.bypassInbound, native.flags);
+    const plan = planFor(native, config, target, facts);
     state = ensureState(native, config);
     const programTag = ensurePrograms(native, state, config);
+    if (plan.hooks.some(isStubbed)) assertSteering(native, state);
     removeDeadProxies(native, state, config.runDir);
+    const id = facts.host?.ifindex ?? interfaceIdOfKey(native, state, target.key);
     const previous = sameAttachment(native, config, state, target, facts);
-    if (previous === null) removeOld(native, config, state, target, facts);
+    if (previous === null) removeOld(native, config, state, target, id);
     else keepNature(native, target, plan, previous);
     // What the record says is put back by DEL, so it is written before the change.
-    const accepts = target.role !== 'proxy' || native.acceptLocal(netns, facts.pod.ifindex);
-    const acceptLocalFlag = accepts ? 0 : (native.flags.INTERFACE_ACCEPT_LOCAL ?? 0);
+    const ownFlags = settingFlags(native, config, target, netns, facts, plan, previous);
     const tproxy = target.role === 'proxy' && needsTproxy(native, state);
     const tproxyFlag = tproxy ? (native.flags.INTERFACE_TPROXY ?? 0) : 0;
-    // It is on because of us, and stays recorded so.
-    const keptFlag = target.role === 'proxy' ? (previous?.flags ?? 0) & (native.flags.INTERFACE_ACCEPT_LOCAL ?? 0) : 0;
     const attachment: Attachment = {
       native,
       config,
@@ -138,9 +132,10 @@ export function attach(native: Native, config: RedirectConfig, target: Target): 
       target,
       netns,
       facts,
+      id,
       plan,
       record: {
-        ...newRecord(native, target, facts, plan, programTag, acceptLocalFlag | keptFlag | tproxyFlag),
+        ...newRecord(native, config, target, facts, id, plan, programTag, ownFlags | tproxyFlag),
         ...(previous !== null && { hooks: previous.hooks, enrolledAt: previous.enrolledAt }),
       },
       previous,
@@ -155,6 +150,37 @@ export function attach(native: Native, config: RedirectConfig, target: Target): 
   }
 }
 
+function planFor(native: Native, config: RedirectConfig, target: Target, facts: HostFacts): AttachPlan {
+  const { resultAddresses, strict, bypassInbound } = target;
+  if (config.proxy.contract === 'in-pod') {
+    return planInPod(config, facts, resultAddresses, strict, bypassInbound, native.flags);
+  }
+  const peered = requirePeer(native, facts, target.netnsPath);
+  if (target.role === 'proxy') return planProxy(peered);
+  return planPod(config, peered, resultAddresses, strict, bypassInbound, native.flags);
+}
+
+/** INTERFACE_* bits of the IPv4 settings that are off now, or were before an earlier attach, and are needed on. */
+function settingFlags(
+  native: Native,
+  config: RedirectConfig,
+  target: Target,
+  netns: number,
+  { pod }: HostFacts,
+  plan: AttachPlan,
+  previous: AttachmentRecord | null,
+): number {
+  const dns = (plan.flags & (native.flags.INTERFACE_DNS ?? 0)) !== 0;
+  let flags = 0;
+  for (const { bit, read, needed } of interfaceSettings(native)) {
+    if (needed(target.role, config.proxy.contract, dns)) {
+      const before = (previous?.flags ?? 0) & bit;
+      flags |= before !== 0 || !read(netns, pod.ifindex) ? bit : 0;
+    }
+  }
+  return flags;
+}
+
 function attachAll(attachment: Attachment): AttachmentRecord {
   const { native, state, target, record, plan, undo } = attachment;
   try {
@@ -162,14 +188,16 @@ function attachAll(attachment: Attachment): AttachmentRecord {
     writeRecord(attachment, 'attaching');
     if (previous === null) undo.push(() => native.deleteAttachment(state, target.key));
     else undo.push(() => native.putAttachment(state, target.key, previous));
-    if (target.role === 'proxy') addRouting(attachment);
+    if (isLooping(record)) addRouting(attachment);
     if ((record.flags & (native.flags.INTERFACE_TPROXY ?? 0)) !== 0) {
       undo.push(() => deleteTproxy(attachment.netns));
       addTproxy(attachment.netns, attachment.config);
     }
     if (plan.interface !== null) withRoom(attachment, () => fillMaps(attachment));
     for (const hook of plan.hooks) attachHook(attachment, hook);
-    if (target.role === 'pod' && !target.strict && previous === null) rememberOlder(attachment);
+    // In the contract in-pod the proxy's own sockets are among the pod's.
+    const older = target.role === 'pod' && !target.strict && previous === null;
+    if (older && attachment.config.proxy.contract === 'shared') rememberOlder(attachment);
     if (target.role === 'proxy') announceProxy(attachment);
     const [finding] = verifyAttached(native, state, attachment.config, target.key, record);
     if (finding !== undefined) {
@@ -213,15 +241,17 @@ function recordOnly(
   const old = native.getAttachment(state, target.key);
   if (old !== null && old.state !== 'recorded') detachRecord(native, config, state, target.key, old);
   const link = native.linkByName(netns, target.ifname);
+  const hostIfindex = link?.kind === 'veth' ? link.peerIfindex : 0;
   removeDeadProxies(native, state, config.runDir);
-  forgetPredecessors(native, config, state, target, link?.kind === 'veth' ? link.peerIfindex : 0);
+  forgetPredecessors(native, config, state, target, hostIfindex);
   const record: AttachmentRecord = {
-    ...emptyRecord(native, target),
+    ...emptyRecord(native, config, target),
     state: 'recorded',
     role: 'none',
     podIfindex: link?.ifindex ?? 0,
     podMac: link?.mac ?? NO_MAC,
-    hostIfindex: link?.kind === 'veth' ? link.peerIfindex : 0,
+    hostIfindex,
+    interfaceId: hostIfindex,
     netns: native.netnsIdentity(netns),
     addresses: [...target.resultAddresses].slice(0, MAX_ADDRESSES),
   };
@@ -247,15 +277,15 @@ function forgetPredecessors(
   }
 }
 
-/** Attachments and entries by a host-side index that another pod has now. */
-function detachHolders(native: Native, config: RedirectConfig, state: State, hostIfindex: number): void {
-  if (native.getInterface(state, hostIfindex) === null) return;
+/** Attachments and entries by an interface id that another pod has now. */
+function detachHolders(native: Native, config: RedirectConfig, state: State, id: number): void {
+  if (native.getInterface(state, id) === null) return;
   for (const { key, record } of native.listAttachments(state)) {
-    if (record.hostIfindex === hostIfindex && record.state !== 'recorded') {
+    if (record.interfaceId === id && record.state !== 'recorded') {
       detachRecord(native, config, state, key, record);
     }
   }
-  native.deleteInterface(state, hostIfindex);
+  native.deleteInterface(state, id);
 }
 
 /**
@@ -274,8 +304,9 @@ function sameAttachment(
     old !== null &&
     old.role === target.role &&
     old.state !== 'recorded' &&
-    old.hostIfindex === facts.host.ifindex &&
-    old.hostMac === facts.host.mac &&
+    old.contract === config.proxy.contract &&
+    old.hostIfindex === (facts.host?.ifindex ?? 0) &&
+    old.hostMac === (facts.host?.mac ?? NO_MAC) &&
     old.podIfindex === facts.pod.ifindex &&
     isSameNetns(old.netns, facts.netns) &&
     old.hooks.every(({ kind }) => config.hook === 'auto' || kind === config.hook);
@@ -288,15 +319,15 @@ function keepNature(native: Native, target: Target, plan: AttachPlan, previous: 
   const strict = native.flags.INTERFACE_STRICT ?? 0;
   const kept = target.asRecorded === true ? ~0 : strict;
   plan.flags = (plan.flags & ~kept) | (previous.flags & kept);
-  if (plan.interface !== null) plan.interface.flags = plan.flags;
+  if (plan.interface !== null) plan.interface.flags = plan.flags & ~recordedOnly(native);
 }
 
 /** What an earlier ADD of this key, or of a pod whose host-side index this one has now, left. */
-function removeOld(native: Native, config: RedirectConfig, state: State, target: Target, facts: HostFacts): void {
+function removeOld(native: Native, config: RedirectConfig, state: State, target: Target, id: number): void {
   const old = native.getAttachment(state, target.key);
   if (old !== null) detachRecord(native, config, state, target.key, old);
   else removePins(native, config.stateDir, target.key);
-  detachHolders(native, config, state, facts.host.ifindex);
+  detachHolders(native, config, state, id);
 }
 
 // ---- steps of attach ---------------------------------------------------------------------------------------------
@@ -351,36 +382,39 @@ function withRoom({ native, config, state, plan }: Attachment, put: () => void):
 }
 
 function fillMaps(attachment: Attachment): void {
-  const { native, config, state, target, facts, plan, undo } = attachment;
-  const ifindex = facts.host.ifindex;
+  const { native, config, state, target, facts, id, plan, undo } = attachment;
   try {
     if (attachment.previous === null) {
       // The programs make the sets of flows; none is there before them, unless a state was damaged by hand.
-      native.deleteDirectFlows(state, ifindex);
-      undo.push(() => native.deleteDirectFlows(state, ifindex));
+      native.deleteDirectFlows(state, id);
+      undo.push(() => native.deleteDirectFlows(state, id));
     } else {
       undo.push(keepEntries(attachment, attachment.previous));
     }
     if (target.asRecorded === true && attachment.previous !== null) {
       // Those that are in the map stay.
     } else if (plan.exclusions.length > 0) {
-      undo.push(() => native.deleteExclusions(state, ifindex));
-      native.putExclusions(state, ifindex, plan.exclusions);
+      undo.push(() => native.deleteExclusions(state, id));
+      native.putExclusions(state, id, plan.exclusions);
     } else {
-      native.deleteExclusions(state, ifindex);
+      native.deleteExclusions(state, id);
     }
     for (const address of plan.addresses) {
-      putEndpoint(attachment, address, { ifindex, flags: plan.flags, podMac: facts.pod.mac });
+      putEndpoint(attachment, address, { ifindex: id, flags: plan.flags, podMac: facts.pod.mac });
     }
-    if (plan.interface !== null) native.putInterface(state, ifindex, plan.interface);
+    if (plan.interface !== null) native.putInterface(state, id, plan.interface);
     if (attachment.previous !== null) {
       dropAddresses(attachment, attachment.previous);
       return;
     }
-    undo.push(() => native.deleteCounters(state, ifindex));
-    undo.push(() => native.deleteInterface(state, ifindex));
+    undo.push(() => native.deleteCounters(state, id));
+    undo.push(() => native.deleteInterface(state, id));
   } catch (error) {
-    throw stepError(Code.STATE_FAILED, `record ${facts.host.name} (ifindex ${ifindex}) in ${config.stateDir}`, error);
+    throw stepError(
+      Code.STATE_FAILED,
+      `record ${facts.host?.name ?? facts.pod.name} (interface ${id}) in ${config.stateDir}`,
+      error,
+    );
   }
 }
 
@@ -390,10 +424,9 @@ function fillMaps(attachment: Attachment): void {
  * comes without an entry can be older than the enrolment.
  */
 function rememberOlder(attachment: Attachment): void {
-  const { native, config, state, netns, facts, plan, record } = attachment;
-  const ifindex = facts.host.ifindex;
+  const { native, config, state, netns, facts, plan, record, id } = attachment;
   const own = new Set(plan.addresses.map(hex));
-  const id = ({ source, sourcePort, destination, destinationPort }: Tuple) =>
+  const text = ({ source, sourcePort, destination, destinationPort }: Tuple) =>
     `${hex(source)} ${sourcePort} ${hex(destination)} ${destinationPort}`;
   let program: number | undefined;
   try {
@@ -402,11 +435,11 @@ function rememberOlder(attachment: Attachment): void {
     for (const { local, localPort, remote, remotePort } of native.connections(netns)) {
       if (!own.has(hex(local)) || own.has(hex(remote))) continue;
       const flow = { source: local, sourcePort: localPort, destination: remote, destinationPort: remotePort };
-      if (native.importDirectFlow(program, ifindex, flow)) older.push(flow);
+      if (native.importDirectFlow(program, id, flow)) older.push(flow);
     }
     // More of them than the table holds: then one without an entry may be older after all.
-    const kept = new Set(native.directFlows(state, ifindex).map(id));
-    if (!older.every((flow) => kept.has(id(flow)))) return;
+    const kept = new Set(native.directFlows(state, id).map(text));
+    if (!older.every((flow) => kept.has(text(flow)))) return;
   } catch (error) {
     throw stepError(Code.STATE_FAILED, `remember the open connections of ${record.netnsPath}`, error);
   } finally {
@@ -414,33 +447,32 @@ function rememberOlder(attachment: Attachment): void {
   }
   plan.flags |= native.flags.INTERFACE_STRICT ?? 0;
   record.flags |= plan.flags;
-  if (plan.interface !== null) native.putInterface(state, ifindex, { ...plan.interface, flags: plan.flags });
+  if (plan.interface !== null) native.putInterface(state, id, { ...plan.interface, flags: plan.flags });
   for (const address of plan.addresses) {
-    native.putEndpoint(state, address, { ifindex, flags: plan.flags, podMac: facts.pod.mac }, false);
+    native.putEndpoint(state, address, { ifindex: id, flags: plan.flags, podMac: facts.pod.mac }, false);
   }
 }
 
 /** Puts back what the maps have about an attachment now; done last, after what else is undone about it. */
-function keepEntries({ native, state, facts }: Attachment, previous: AttachmentRecord): () => void {
-  const ifindex = facts.host.ifindex;
-  const before = native.getInterface(state, ifindex);
-  const exclusions = native.getExclusions(state, ifindex);
+function keepEntries({ native, state, id }: Attachment, previous: AttachmentRecord): () => void {
+  const before = native.getInterface(state, id);
+  const exclusions = native.getExclusions(state, id);
   const endpoints = previous.addresses.flatMap((address) => {
     const endpoint = native.getEndpoint(state, address);
-    return endpoint?.ifindex === ifindex ? [{ address, endpoint }] : [];
+    return endpoint?.ifindex === id ? [{ address, endpoint }] : [];
   });
   return () => {
-    if (before !== null) native.putInterface(state, ifindex, before);
+    if (before !== null) native.putInterface(state, id, before);
     for (const { address, endpoint } of endpoints) native.putEndpoint(state, address, endpoint, false);
-    if (exclusions.length > 0) native.putExclusions(state, ifindex, exclusions);
+    if (exclusions.length > 0) native.putExclusions(state, id, exclusions);
   };
 }
 
 /** Those that the pod has no more. */
-function dropAddresses({ native, state, facts, plan }: Attachment, previous: AttachmentRecord): void {
+function dropAddresses({ native, state, id, plan }: Attachment, previous: AttachmentRecord): void {
   const kept = new Set(plan.addresses.map(hex));
   for (const address of previous.addresses) {
-    if (kept.has(hex(address)) || native.getEndpoint(state, address)?.ifindex !== facts.host.ifindex) continue;
+    if (kept.has(hex(address)) || native.getEndpoint(state, address)?.ifindex !== id) continue;
     native.deleteEndpoint(state, address);
   }
 }
@@ -452,7 +484,7 @@ function putEndpoint(attachment: Attachment, address: Address, endpoint: Endpoin
     native.putEndpoint(state, address, endpoint, true);
   } catch (error) {
     if (!hasCode(error, 'EEXIST')) throw error;
-    const holder = livingHolder(native, state, address, attachment.facts.host.ifindex);
+    const holder = livingHolder(native, state, address, attachment.id);
     if (holder !== null) {
       throw new CniError(
         Code.STATE_FAILED,
@@ -465,22 +497,23 @@ function putEndpoint(attachment: Attachment, address: Address, endpoint: Endpoin
   undo.push(() => native.deleteEndpoint(state, address));
 }
 
-/** Who else than the pod on `ownIfindex` has this address, and lives. */
-function livingHolder(native: Native, state: State, address: Address, ownIfindex: number): string | null {
+/** Who else than the pod with interface id `own` has this address, and lives. */
+function livingHolder(native: Native, state: State, address: Address, own: number): string | null {
   const endpoint = native.getEndpoint(state, address);
-  if (endpoint === null || endpoint.ifindex === ownIfindex) return null;
-  const link = native.linkByIndex(HOST, endpoint.ifindex);
-  if (link === null) return null;
+  if (endpoint === null || endpoint.ifindex === own) return null;
   const entry = native
     .listAttachments(state)
-    .find(({ record }) => record.hostIfindex === endpoint.ifindex && record.role === 'pod');
+    .find(({ record }) => record.interfaceId === endpoint.ifindex && record.role === 'pod');
   if (entry === undefined) return null;
   const { record } = entry;
+  const link = record.hostIfindex === 0 ? { name: record.ifname } : native.linkByIndex(HOST, record.hostIfindex);
+  if (link === null) return null;
   let netns: number;
   try {
     netns = native.openNetns(record.netnsPath);
   } catch {
     // Its namespace has no name any more; the link may outlive that only while a process still holds it.
+    if (record.hostIfindex === 0) return null;
     return `${describePod(record)} on ${link.name}`;
   }
   try {
@@ -499,12 +532,12 @@ function attachHook(attachment: Attachment, hook: PlannedHook): void {
     attachLookup(attachment, hook);
     return;
   }
-  const device = hook.device === 'host' ? facts.host.name : `${facts.pod.name} of ${record.netnsPath}`;
+  if (keepStub(attachment, hook)) return;
+  const device = hook.device === 'host' ? facts.host?.name : `${facts.pod.name} of ${record.netnsPath}`;
   const step = `attach ${hook.program} to ${hook.direction} of ${device} (ifindex ${hook.ifindex})`;
-  const pin = programPin(config.stateDir, record.programTag, hook.program);
   let program: number | undefined;
   try {
-    program = native.openProgram(pin);
+    program = openHookProgram(attachment, hook);
     const programId = native.programInfo(program).id;
     if (config.hook === 'clsact' || !attachTcx(attachment, hook, program, programId)) {
       attachFilter(attachment, hook, program, programId, step);
@@ -516,13 +549,32 @@ function attachHook(attachment: Attachment, hook: PlannedHook): void {
   }
 }
 
+/** The pinned program, or inside a pod a new stub that goes on to it. */
+function openHookProgram({ native, config, state, record, id }: Attachment, hook: PlannedHook): number {
+  if (!isStubbed(hook)) return native.openProgram(programPin(config.stateDir, record.programTag, hook.program));
+  return native.loadStub(state, hook.program, id, config.failurePolicy === 'closed' ? 'drop' : 'pass');
+}
+
+/** A stub says whose hook it is, and that has not changed: one that is in place stays. */
+function keepStub(attachment: Attachment, hook: PlannedHook): boolean {
+  const { native, config, target, previous } = attachment;
+  const old = previous?.hooks.find(({ program }) => program === hook.program);
+  if (previous === null || old === undefined || !isStubbed(hook)) return false;
+  const findings: Finding[] = [];
+  verifyHook(native, config, target.key, previous, old, findings);
+  if (findings.length > 0) return false;
+  noteHook(attachment, old);
+  return true;
+}
+
 /** Not there where the kernel has no such programs (before 5.10) or a variant goes without: ensurePrograms loaded the rest. */
 function attachLookup(attachment: Attachment, hook: PlannedHook): void {
   const { native, config, record, netns, target, facts, undo } = attachment;
   const step = `attach ${hook.program} to ${record.netnsPath}`;
+  if (keepStub(attachment, hook)) return;
   let program: number | undefined;
   try {
-    program = native.openProgram(programPin(config.stateDir, record.programTag, hook.program));
+    program = openHookProgram(attachment, hook);
     const pin = linkPin(config.stateDir, target.key, hook.program);
     const programId = native.programInfo(program).id;
     noteHook(attachment, { ...hookRecord(hook, programId), kind: 'netns' });
@@ -671,7 +723,7 @@ function makeLinkDirectory({ native, config, target, undo }: Attachment): void {
   if (native.makeDirectory(directory, 0o700)) undo.push(() => native.removeDirectory(directory));
 }
 
-/** What makes a foreign destination local for signed frames, in the proxy's namespace only. */
+/** What makes a foreign destination local for signed or looped frames, in the proxy's namespace only. */
 function routing(config: RedirectConfig): { rules: Rule[]; routes: LocalRoute[] } {
   const families = [4, 6] as const;
   return {
@@ -686,14 +738,15 @@ function routing(config: RedirectConfig): { rules: Rule[]; routes: LocalRoute[] 
   };
 }
 
-function addRouting({ native, config, netns, undo, target, facts, record }: Attachment): void {
+function addRouting({ native, config, netns, undo, target, facts, record, previous }: Attachment): void {
   const { rules, routes } = routing(config);
   try {
-    // The proxy may send to a flow of its own: a pod that asks for the proxy's address, ztunnel's second leg. IPv4
-    // refuses such a packet when it comes back with the namespace's own source address; IPv6 does not.
-    if (leavesAcceptLocal(native, record) && !native.acceptLocal(netns, facts.pod.ifindex)) {
-      undo.push(() => native.setAcceptLocal(netns, facts.pod.ifindex, false));
-      native.setAcceptLocal(netns, facts.pod.ifindex, true);
+    for (const { bit, read, set } of interfaceSettings(native)) {
+      const wanted = (record.flags & bit) !== 0;
+      if (!wanted && ((previous?.flags ?? 0) & bit) === 0) continue;
+      if (read(netns, facts.pod.ifindex) === wanted) continue;
+      undo.push(() => set(netns, facts.pod.ifindex, !wanted));
+      set(netns, facts.pod.ifindex, wanted);
     }
     // Pushed first: where the kernel's answer is lost, the request may have been carried out.
     for (const route of routes) {
@@ -705,20 +758,24 @@ function addRouting({ native, config, netns, undo, target, facts, record }: Atta
       if (!native.addRule(netns, rule)) undo.pop();
     }
   } catch (error) {
-    throw stepError(Code.ATTACH_FAILED, `add the proxy's rule and route in ${target.netnsPath}`, error);
+    throw stepError(
+      Code.ATTACH_FAILED,
+      `add rule and route, and set up ${facts.pod.name}, in ${target.netnsPath}`,
+      error,
+    );
   }
 }
 
 function announceProxy(attachment: Attachment): void {
-  const { native, config, state, target, facts, undo } = attachment;
+  const { native, config, state, target, facts, id, undo } = attachment;
   const proxy: ProxyRecord = {
     key: target.key,
     netnsCookie: facts.netns.cookie,
     netnsIno: facts.netns.ino,
-    hostIfindex: facts.host.ifindex,
+    hostIfindex: id,
     podIfindex: facts.pod.ifindex,
     nsid: facts.nsid,
-    master: facts.host.master,
+    master: facts.host?.master ?? 0,
     mac: facts.pod.mac,
     ports: config.proxy.ports,
   };
@@ -726,7 +783,7 @@ function announceProxy(attachment: Attachment): void {
   if (attachment.previous !== null && native.getProxies(state).proxies.some(({ key }) => sameKey(key, target.key)))
     return;
   // Pushed first: when the write itself fails half-way, the list is still put right.
-  undo.push(() => forgetCounters(native, state, facts.host.ifindex));
+  undo.push(() => forgetCounters(native, state, id));
   undo.push(() => removeProxy(native, state, config.runDir, target.key));
   addProxy(native, state, config.runDir, proxy);
 }
@@ -770,26 +827,75 @@ export function detachRecord(
     if (hook.kind !== 'clsact') native.detachLink(linkPin(dirs.stateDir, key, hook.program));
     else if (!hook.inNetns && isSameHostLink(native, record)) removeFilter(native, HOST, hook);
   }
-  if (record.role === 'proxy') inOwnNetns(native, record, (netns) => leaveProxyNetns(native, state, netns, record));
+  if (isLooping(record)) inOwnNetns(native, record, (netns) => leaveNetns(native, state, netns, key, record));
   removePins(native, dirs.stateDir, key);
   if (record.role === 'pod') removeEntries(native, state, record);
   if (record.role === 'proxy') forgetCounters(native, state, record.hostIfindex);
   native.deleteAttachment(state, key);
 }
 
-/** accept_local was off, so it is set by ADD and reset by DEL. */
-function leavesAcceptLocal(native: Native, { role, flags }: AttachmentRecord): boolean {
-  return role === 'proxy' && (flags & (native.flags.INTERFACE_ACCEPT_LOCAL ?? 0)) !== 0;
+/** Does its namespace have our rule and route? */
+function isLooping({ role, contract }: AttachmentRecord): boolean {
+  return role === 'proxy' || (role === 'pod' && contract === 'in-pod');
 }
 
-function leaveProxyNetns(native: Native, state: State, netns: number, record: AttachmentRecord): void {
-  if (leavesAcceptLocal(native, record) && native.linkByIndex(netns, record.podIfindex) !== null) {
-    native.setAcceptLocal(netns, record.podIfindex, false);
-  }
+interface InterfaceSetting {
+  name: string;
+  /** INTERFACE_*: it was off, so it is set by ADD and reset by DEL */
+  bit: number;
+  read: (netns: number, ifindex: number) => boolean;
+  set: (netns: number, ifindex: number, on: boolean) => void;
+  needed: (role: Target['role'], contract: AttachmentRecord['contract'], dnsCapture: boolean) => boolean;
+}
+
+function interfaceSettings(native: Native): InterfaceSetting[] {
+  return [
+    {
+      // A looped packet comes in with the pod's own source address, and the proxy may send to a flow of its own: a pod
+      // that asks for the proxy's address, ztunnel's second leg. IPv4 refuses that; IPv6 does not.
+      name: 'accept_local',
+      bit: native.flags.INTERFACE_ACCEPT_LOCAL ?? 0,
+      read: (netns, ifindex) => native.acceptLocal(netns, ifindex),
+      set: (netns, ifindex, on) => native.setAcceptLocal(netns, ifindex, on),
+      needed: (role, contract) => role === 'proxy' || contract === 'in-pod',
+    },
+    {
+      // ztunnel's DNS listener is at 127.0.0.1: queries come in for it by the pod's interface, answers go out by it.
+      name: 'route_localnet',
+      bit: native.flags.INTERFACE_ROUTE_LOCALNET ?? 0,
+      read: (netns, ifindex) => native.routeLocalnet(netns, ifindex),
+      set: (netns, ifindex, on) => native.setRouteLocalnet(netns, ifindex, on),
+      needed: (_role, contract, dnsCapture) => contract === 'in-pod' && dnsCapture,
+    },
+  ];
+}
+
+/** Flags of a record that its entries in the maps do not have. */
+function recordedOnly(native: Native): number {
+  return interfaceSettings(native).reduce((bits, { bit }) => bits | bit, native.flags.INTERFACE_TPROXY ?? 0);
+}
+
+function leaveNetns(native: Native, state: State, netns: number, key: AttachmentKey, record: AttachmentRecord): void {
   for (const hook of record.hooks) {
     if (hook.kind === 'clsact' && hook.inNetns) removeFilter(native, netns, hook);
   }
+  if (native.linkByIndex(netns, record.podIfindex) !== null) {
+    for (const { bit, set } of interfaceSettings(native)) {
+      if ((record.flags & bit) !== 0) set(netns, record.podIfindex, false);
+    }
+  }
   if ((record.flags & (native.flags.INTERFACE_TPROXY ?? 0)) !== 0) deleteTproxy(netns);
+  // Another interface of the same pod loops by them too.
+  const shared = native
+    .listAttachments(state)
+    .some(
+      (other) =>
+        hex(other.key) !== hex(key) &&
+        isLooping(other.record) &&
+        other.record.netns.dev === record.netns.dev &&
+        other.record.netns.ino === record.netns.ino,
+    );
+  if (shared) return;
   const { tproxy } = native.settings(state).marks;
   for (const family of [4, 6] as const) {
     native.deleteRule(netns, {
@@ -807,16 +913,16 @@ function leaveProxyNetns(native: Native, state: State, netns: number, record: At
 function removeEntries(native: Native, state: State, record: AttachmentRecord): void {
   for (const address of record.addresses) {
     const endpoint = native.getEndpoint(state, address);
-    if (endpoint?.ifindex === record.hostIfindex && endpoint.podMac === record.podMac) {
+    if (endpoint?.ifindex === record.interfaceId && endpoint.podMac === record.podMac) {
       native.deleteEndpoint(state, address);
     }
   }
-  const entry = native.getInterface(state, record.hostIfindex);
+  const entry = native.getInterface(state, record.interfaceId);
   if (entry !== null && entry.podMac !== record.podMac) return;
-  native.deleteInterface(state, record.hostIfindex);
-  native.deleteDirectFlows(state, record.hostIfindex);
-  native.deleteExclusions(state, record.hostIfindex);
-  native.deleteCounters(state, record.hostIfindex);
+  native.deleteInterface(state, record.interfaceId);
+  native.deleteDirectFlows(state, record.interfaceId);
+  native.deleteExclusions(state, record.interfaceId);
+  native.deleteCounters(state, record.interfaceId);
 }
 
 /** A proxy's. Those of a pod that has its index by now stay (see removeEntries); index 0 counts for all proxies together. */
@@ -849,7 +955,7 @@ function isSameHostLink(native: Native, record: AttachmentRecord): boolean {
 }
 
 /** Inodes come again as soon as they are free, cookies never do; kernels before 5.14 have none (0). */
-function isSameNetns(now: AttachmentRecord['netns'], then: AttachmentRecord['netns']): boolean {
+export function isSameNetns(now: AttachmentRecord['netns'], then: AttachmentRecord['netns']): boolean {
   const cookies = now.cookie !== 0n && then.cookie !== 0n;
   return now.dev === then.dev && now.ino === then.ino && (!cookies || now.cookie === then.cookie);
 }
@@ -935,8 +1041,20 @@ function verifyAttached(
 ): Finding[] {
   const findings: Finding[] = [];
   if (record.role === 'none') return findings;
-  const host = native.linkByIndex(HOST, record.hostIfindex);
-  if (host === null || host.peerIfindex !== record.podIfindex) {
+  const host = record.hostIfindex === 0 ? null : native.linkByIndex(HOST, record.hostIfindex);
+  if (record.hostIfindex === 0) {
+    if (!isThere(native, record)) {
+      const object = `interface ${record.ifname} (ifindex ${record.podIfindex}) in ${record.netnsPath}`;
+      findings.push({
+        code: Code.SANDBOX_NOT_FOUND,
+        kind: 'interface',
+        object,
+        expected: 'the recorded one',
+        found: 'no such link',
+      });
+      return findings;
+    }
+  } else if (host === null || host.peerIfindex !== record.podIfindex) {
     const object = `host-side interface ${record.hostIfname} (ifindex ${record.hostIfindex})`;
     const found = host === null ? 'no such link' : `${host.name} with peer ${host.peerIfindex}`;
     findings.push({
@@ -951,7 +1069,16 @@ function verifyAttached(
   for (const hook of record.hooks) verifyHook(native, dirs, key, record, hook, findings);
   if (record.role === 'pod') verifyEntries(native, state, record, findings);
   else verifyProxy(native, state, key, record, findings);
+  if (isLooping(record)) verifyNetns(native, state, record, findings);
   return findings;
+}
+
+function isThere(native: Native, record: AttachmentRecord): boolean {
+  let there = false;
+  inOwnNetns(native, record, (netns) => {
+    there = native.linkByIndex(netns, record.podIfindex)?.name === record.ifname;
+  });
+  return there;
 }
 
 function verifyHook(
@@ -1003,20 +1130,22 @@ function verifyHook(
 }
 
 function verifyEntries(native: Native, state: State, record: AttachmentRecord, findings: Finding[]): void {
-  const entry = native.getInterface(state, record.hostIfindex);
+  const entry = native.getInterface(state, record.interfaceId);
   const mismatch = (object: string, expected: string, found: string) =>
     findings.push({ code: Code.ENTRY_MISMATCH, kind: 'map', object, expected, found });
-  if (entry === null) mismatch(`entry of ${record.hostIfname} in interfaces`, `MAC ${record.podMac}`, 'none');
+  const name = record.hostIfname || record.ifname;
+  const flags = record.flags & ~recordedOnly(native);
+  if (entry === null) mismatch(`entry of ${name} in interfaces`, `MAC ${record.podMac}`, 'none');
   else if (entry.podMac !== record.podMac) {
-    mismatch(`entry of ${record.hostIfname} in interfaces`, `MAC ${record.podMac}`, `MAC ${entry.podMac}`);
-  } else if (entry.flags !== record.flags) {
-    mismatch(`entry of ${record.hostIfname} in interfaces`, `flags ${record.flags}`, `flags ${entry.flags}`);
+    mismatch(`entry of ${name} in interfaces`, `MAC ${record.podMac}`, `MAC ${entry.podMac}`);
+  } else if (entry.flags !== flags) {
+    mismatch(`entry of ${name} in interfaces`, `flags ${flags}`, `flags ${entry.flags}`);
   }
   for (const address of record.addresses) {
     const endpoint = native.getEndpoint(state, address);
-    if (endpoint?.ifindex === record.hostIfindex) continue;
-    const found = endpoint === null ? 'none' : `ifindex ${endpoint.ifindex}`;
-    mismatch(`entry of ${formatAddress(address)} in endpoints`, `ifindex ${record.hostIfindex}`, found);
+    if (endpoint?.ifindex === record.interfaceId) continue;
+    const found = endpoint === null ? 'none' : `interface ${endpoint.ifindex}`;
+    mismatch(`entry of ${formatAddress(address)} in endpoints`, `interface ${record.interfaceId}`, found);
   }
 }
 
@@ -1037,6 +1166,16 @@ function verifyProxy(
       found: 'none',
     });
   }
+}
+
+/** Rule, route and settings of a namespace whose proxy gets marked frames; where they go on to, of what is a stub. */
+function verifyNetns(native: Native, state: State, record: AttachmentRecord, findings: Finding[]): void {
+  const mismatch = (kind: FindingKind, object: string, expected: string, found: string) =>
+    findings.push({ code: Code.ENTRY_MISMATCH, kind, object, expected, found });
+  for (const hook of record.hooks) {
+    if (!isStubbed(hook) || native.jumpTarget(state, hook.program) !== 0) continue;
+    mismatch('map', `${hook.program} in map jump`, 'a program', 'none');
+  }
   const { tproxy } = native.settings(state).marks;
   inOwnNetns(native, record, (netns) => {
     for (const family of [4, 6] as const) {
@@ -1044,25 +1183,13 @@ function verifyProxy(
         .rules(netns, family)
         .some(({ mark, table, protocol }) => mark === tproxy && table === ROUTE_TABLE && protocol === ROUTE_PROTOCOL);
       const route = native.localRoutes(netns, family, ROUTE_TABLE).length > 0;
-      const missing = (kind: 'rule' | 'route', expected: string) =>
-        findings.push({
-          code: Code.ENTRY_MISMATCH,
-          kind,
-          object: `IPv${family} routing of signed frames in ${record.netnsPath}`,
-          expected,
-          found: `no ${kind}`,
-        });
-      if (!rule) missing('rule', `rule to table ${ROUTE_TABLE}`);
-      if (!route) missing('route', `local route in table ${ROUTE_TABLE}`);
+      const object = `IPv${family} routing of ${record.role === 'proxy' ? 'signed' : 'looped'} frames in ${record.netnsPath}`;
+      if (!rule) mismatch('rule', object, `rule to table ${ROUTE_TABLE}`, 'no rule');
+      if (!route) mismatch('route', object, `local route in table ${ROUTE_TABLE}`, 'no route');
     }
-    if (leavesAcceptLocal(native, record) && !native.acceptLocal(netns, record.podIfindex)) {
-      findings.push({
-        code: Code.ENTRY_MISMATCH,
-        kind: 'sysctl',
-        object: `net.ipv4.conf.${record.ifname}.accept_local in ${record.netnsPath}`,
-        expected: '1',
-        found: '0',
-      });
+    for (const { name, bit, read } of interfaceSettings(native)) {
+      if ((record.flags & bit) === 0 || read(netns, record.podIfindex)) continue;
+      mismatch('sysctl', `net.ipv4.conf.${record.ifname}.${name} in ${record.netnsPath}`, '1', '0');
     }
   });
 }
@@ -1078,8 +1205,10 @@ const MAX_ADDRESSES = 16;
 
 function newRecord(
   native: Native,
+  config: RedirectConfig,
   target: Target,
   facts: HostFacts,
+  id: number,
   plan: AttachPlan,
   programTag: string,
   ownFlags: number,
@@ -1092,30 +1221,32 @@ function newRecord(
     );
   }
   return {
-    ...emptyRecord(native, target),
+    ...emptyRecord(native, config, target),
     flags: plan.flags | ownFlags,
-    hostIfindex: facts.host.ifindex,
+    hostIfindex: facts.host?.ifindex ?? 0,
     podIfindex: facts.pod.ifindex,
     nsid: facts.nsid,
+    interfaceId: id,
     netns: facts.netns,
     podMac: facts.pod.mac,
-    hostMac: facts.host.mac,
+    hostMac: facts.host?.mac ?? NO_MAC,
     addresses: plan.addresses,
     programTag,
-    hostIfname: facts.host.name,
+    hostIfname: facts.host?.name ?? '',
   };
 }
 
-function emptyRecord(native: Native, target: Target): AttachmentRecord {
+function emptyRecord(native: Native, config: RedirectConfig, target: Target): AttachmentRecord {
   return {
     layout: native.layoutVersion,
     state: 'attaching',
     role: target.role,
-    contract: 'shared',
+    contract: config.proxy.contract,
     flags: 0,
     hostIfindex: 0,
     podIfindex: 0,
     nsid: -1,
+    interfaceId: 0,
     netns: { dev: 0n, ino: 0n, cookie: 0n },
     enrolledAt: Math.floor(Date.now() / 1000),
     podMac: NO_MAC,

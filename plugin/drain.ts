@@ -30,11 +30,11 @@ export function beginDrain(
   mkdirSync(dirs.runDir, { recursive: true, mode: 0o700 });
   writeFileSync(marker(dirs), '', { mode: 0o600 });
   native.putAttachment(state, key, { ...record, flags });
-  const entry = native.getInterface(state, record.hostIfindex);
-  if (entry !== null) native.putInterface(state, record.hostIfindex, { ...entry, flags });
+  const entry = native.getInterface(state, record.interfaceId);
+  if (entry !== null) native.putInterface(state, record.interfaceId, { ...entry, flags });
   for (const address of record.addresses) {
     const endpoint = native.getEndpoint(state, address);
-    if (endpoint?.ifindex !== record.hostIfindex) continue;
+    if (endpoint?.ifindex !== record.interfaceId) continue;
     native.putEndpoint(state, address, { ...endpoint, flags }, false);
   }
 }
@@ -43,6 +43,15 @@ export function beginDrain(
 export function proxiedConnections(native: Native, state: State, record: AttachmentRecord): number {
   const own = new Set(record.addresses.map(hex));
   let found = 0;
+  if (record.contract === 'in-pod') {
+    // The proxy's ends have addresses of others: of whom the pod talks to.
+    inOwnNetns(native, record, (netns) => {
+      found = native
+        .connections(netns)
+        .filter(({ local, remote }) => !own.has(hex(local)) && own.has(hex(remote))).length;
+    });
+    return found;
+  }
   for (const proxy of native.getProxies(state).proxies) {
     const attachment = native.getAttachment(state, proxy.key);
     if (attachment === null) continue;

@@ -20,7 +20,14 @@ export type ProgramName =
   | 'proxy_egress'
   | 'proxy_guard'
   | 'proxy_lookup'
-  | 'proxy_ingress';
+  | 'proxy_ingress'
+  | 'inpod_egress'
+  | 'inpod_ingress'
+  | 'inpod_lookup'
+  | 'inpod_sign'
+  | 'inpod_guard';
+/** Programs in a pod's netns: what is attached there is a stub that goes on to them. */
+export type JumpedTo = 'inpod_egress' | 'inpod_ingress' | 'inpod_lookup';
 export const HOST = -1;
 
 export interface NativeError extends Error {
@@ -118,6 +125,8 @@ export interface StateSettings {
   /** five bytes */
   sign: Uint8Array;
   bootId: string;
+  /** the proxy's mark counts only on sockets of the cgroups that putProxyCgroup() named */
+  checkCgroups: boolean;
 }
 
 /** Opened pins of one state directory; release with closeState(). */
@@ -143,9 +152,12 @@ export interface AttachmentRecord {
   contract: 'shared' | 'in-pod';
   /** INTERFACE_* bits */
   flags: number;
+  /** 0: there is no interface on the host's side */
   hostIfindex: number;
   podIfindex: number;
   nsid: number;
+  /** key of the maps that programs look into; the host-side index where there is one */
+  interfaceId: number;
   netns: NetnsIdentity;
   /** seconds since 1970 */
   enrolledAt: number;
@@ -174,9 +186,22 @@ export interface InterfaceRecord {
   podIfindex: number;
   nsid: number;
   master: number;
+  /** in-pod contract; else all 0 */
+  ports: ListenerPorts;
+  /** in-pod contract: the pod's first of each family; all zero: none */
+  address4: Address;
+  address6: Address;
+}
+
+export interface ListenerPorts {
+  outbound: number;
+  inboundPlaintext: number;
+  inboundHBONE: number;
+  dns: number;
 }
 
 export interface EndpointRecord {
+  /** interface id */
   ifindex: number;
   flags: number;
   podMac: Mac;
@@ -191,13 +216,13 @@ export interface ProxyRecord {
   nsid: number;
   master: number;
   mac: Mac;
-  ports: { outbound: number; inboundPlaintext: number; inboundHBONE: number; dns: number };
+  ports: ListenerPorts;
 }
 
 export interface TraceEvent {
   /** CLOCK_MONOTONIC, nanoseconds */
   time: bigint;
-  /** host-side interface; 0 for proxy_ingress */
+  /** interface id; 0 for proxy_ingress */
   ifindex: number;
   program: ProgramName;
   reason: string;
@@ -243,7 +268,7 @@ export interface ExclusionRule {
 }
 
 export interface Counter {
-  /** host-side interface; 0 for proxy_ingress */
+  /** interface id; 0 for proxy_ingress */
   ifindex: number;
   program: ProgramName;
   reason: string;
@@ -334,6 +359,9 @@ export interface Native {
   /** net.ipv4.conf.DEVICE.accept_local: packets with a source address of this namespace are taken from outside */
   acceptLocal(netns: number, ifindex: number): boolean;
   setAcceptLocal(netns: number, ifindex: number, on: boolean): void;
+  /** net.ipv4.conf.DEVICE.route_localnet: 127/8 may come in and go out by it */
+  routeLocalnet(netns: number, ifindex: number): boolean;
+  setRouteLocalnet(netns: number, ifindex: number, on: boolean): void;
   qdiscs(netns: number, ifindex: number): Qdisc[];
 
   // --- routing in the proxy's netns; existing identical entries are not an error (returns false) -----------------
@@ -348,7 +376,7 @@ export interface Native {
 
   // --- state directory -------------------------------------------------------------------------------------------
   /** Creates and pins every map that is missing under dir (which exists, on bpffs), settings last. Caller holds the lock. */
-  createState(dir: string, wanted: Omit<StateSettings, 'layout' | 'sign' | 'bootId'>): void;
+  createState(dir: string, wanted: Omit<StateSettings, 'layout' | 'sign' | 'bootId' | 'checkCgroups'>): void;
   /**
    * Opens the pins. ENOENT: no (complete) state there. EPROTO: layout of another version or a map of another shape;
    * message names found and wanted.
@@ -400,6 +428,13 @@ export interface Native {
   /** interfaces that have exclusions */
   listExclusions(state: State): number[];
 
+  /** In-pod contract: does PROXY_MARK (0x539) need a socket of a known cgroup to count? From the next packet on. */
+  setCheckCgroups(state: State, on: boolean): void;
+  /** `id`: of a v2 cgroup, which is its directory's inode number. E2BIG: more than 64 */
+  putProxyCgroup(state: State, id: bigint): void;
+  deleteProxyCgroup(state: State, id: bigint): boolean;
+  listProxyCgroups(state: State): bigint[];
+
   counters(state: State): Counter[];
   /** forgets an interface's counters */
   deleteCounters(state: State, ifindex: number): number;
@@ -418,6 +453,13 @@ export interface Native {
   // --- programs ------------------------------------------------------------------------------------------------
   /** Loads all programs against the pinned maps of `state` and pins them under dir/programs/<tag>/NAME. Caller holds the lock. */
   loadPrograms(state: State, dir: string, tag: string): void;
+  /**
+   * A new stub for one hook of a pod's netns, not pinned: the caller attaches and closes it. `otherwise`: what it does
+   * with packets when its target is gone, which is when the state directory is.
+   */
+  loadStub(state: State, program: JumpedTo, interfaceId: number, otherwise: 'pass' | 'drop'): number;
+  /** id of the program that stubs go on to now; 0: none, this kernel or variant has no such programs */
+  jumpTarget(state: State, program: JumpedTo): number;
   /** BPF_OBJ_GET of a program pin; ENOENT if absent */
   openProgram(path: string): number;
   programInfo(programFd: number): ProgramInfo;
@@ -427,7 +469,7 @@ export interface Native {
   testRun(
     programFd: number,
     packet: Uint8Array,
-    skb?: { mark?: number; ingressIfindex?: number; ifindex?: number; repeat?: number },
+    skb?: { mark?: number; ingressIfindex?: number; ifindex?: number; repeat?: number; interfaceId?: number },
   ): { verdict: number; packet: Uint8Array; mark: number; nanoseconds: number };
 
   // --- hooks -----------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 // The facts of one attachment as the kernel has them: the pod's interface, its peer on the node, their namespaces.
 
 import { CniError, Code } from './cni/errors.ts';
-import { HOST, type Native } from './native.ts';
-import type { HostFacts } from './redirect/plan.ts';
+import { HOST, type Link, type Native } from './native.ts';
+import type { HostFacts, PeerFacts } from './redirect/plan.ts';
 import { hasCode, kernelReason, stepError } from './state.ts';
 
 /** Opens CNI_NETNS. Throws CniError 100 if it is gone or is no network namespace, 110 without the right to. */
@@ -31,32 +31,24 @@ export function assertOtherNetns(native: Native, netns: number, path: string): v
   }
 }
 
-/** Throws CniError 100 if the interface is not there, 101 if it has no veth peer in the plugin's namespace. */
+/** Throws CniError 100 if the interface is not there. `host` is null where it has no veth peer in the plugin's namespace. */
 export function readFacts(native: Native, netns: number, path: string, ifname: string, shaped: boolean): HostFacts {
   try {
     const pod = native.linkByName(netns, ifname);
     if (pod === null) {
       throw new CniError(Code.SANDBOX_NOT_FOUND, `interface ${ifname} not found`, `there is none in ${path}`);
     }
-    if (pod.kind !== 'veth') {
-      const kind = pod.kind === '' ? 'a device without a kind (host-device, tap)' : `a ${pod.kind}`;
-      throw noPeer(ifname, path, `${ifname} is ${kind}, not a veth`);
-    }
     const nsid = native.netnsId(netns, true);
-    const host = pod.peerIfindex === 0 ? null : native.linkByIndex(HOST, pod.peerIfindex);
-    // An index is only a number: the link of that index here must name the pod's interface as its peer in turn.
-    if (host === null || host.kind !== 'veth' || host.peerIfindex !== pod.ifindex || host.peerNetnsId !== nsid) {
-      const found = host === null ? 'there is no such link' : `${host.name} there is a ${host.kind} with another peer`;
-      throw noPeer(ifname, path, `the peer of ${ifname} has index ${pod.peerIfindex}; on the node ${found}`);
-    }
+    const host = peerOnNode(native, pod, nsid);
     return {
       pod,
       host,
-      master: host.master === 0 ? null : native.linkByIndex(HOST, host.master),
+      master: host === null || host.master === 0 ? null : native.linkByIndex(HOST, host.master),
       netns: native.netnsIdentity(netns),
       nsid,
       addresses: native.linkAddresses(netns, pod.ifindex),
-      shaped: shaped || native.qdiscs(HOST, host.ifindex).some(({ kind }) => !UNSHAPED.includes(kind)),
+      shaped:
+        shaped || (host !== null && native.qdiscs(HOST, host.ifindex).some(({ kind }) => !UNSHAPED.includes(kind))),
     };
   } catch (error) {
     if (hasCode(error, 'ENODEV')) {
@@ -66,6 +58,28 @@ export function readFacts(native: Native, netns: number, path: string, ifname: s
   }
 }
 
+function peerOnNode(native: Native, pod: Link, nsid: number): Link | null {
+  if (pod.kind !== 'veth' || pod.peerIfindex === 0) return null;
+  const host = native.linkByIndex(HOST, pod.peerIfindex);
+  // An index is only a number: the link of that index here must name the pod's interface as its peer in turn.
+  const is = host !== null && host.kind === 'veth' && host.peerIfindex === pod.ifindex && host.peerNetnsId === nsid;
+  return is ? host : null;
+}
+
+/** What the shared contract cannot do without. Throws CniError 101. */
+export function requirePeer(native: Native, facts: HostFacts, path: string): PeerFacts {
+  const { pod, host } = facts;
+  if (host !== null) return { ...facts, host };
+  const { name, kind } = pod;
+  if (kind !== 'veth') {
+    const device = kind === '' ? 'a device without a kind (host-device, tap)' : `a ${kind}`;
+    throw noPeer(name, path, `${name} is ${device}, not a veth`);
+  }
+  const other = pod.peerIfindex === 0 ? null : native.linkByIndex(HOST, pod.peerIfindex);
+  const found = other === null ? 'there is no such link' : `${other.name} there is a ${other.kind} with another peer`;
+  throw noPeer(name, path, `the peer of ${name} has index ${pod.peerIfindex}; on the node ${found}`);
+}
+
 /** What a veth has without anybody's doing, and what classifies only. */
 const UNSHAPED = ['noqueue', 'clsact', 'ingress', 'pfifo_fast', 'fq_codel', 'mq'];
 
@@ -73,6 +87,6 @@ function noPeer(ifname: string, path: string, reason: string): CniError {
   return new CniError(
     Code.NO_HOST_PEER,
     `interface ${ifname} in ${path} has no veth peer on the node`,
-    `${reason}; the shared contract needs a primary plugin that makes a veth pair (ptp, bridge); a pod that must keep this interface can be left out of the mesh with the annotation ambient-redirect/enroll: "false"`,
+    `${reason}; the shared contract needs a primary plugin that makes a veth pair (ptp, bridge), the contract "in-pod" does not; a pod that must keep this interface can be left out of the mesh with the annotation ambient-redirect/enroll: "false"`,
   );
 }

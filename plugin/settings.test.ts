@@ -171,7 +171,7 @@ test('a network of its own cannot be', () => {
 
 describe('README', () => {
   const readme = readFileSync(join(import.meta.dirname, '../README.md'), 'utf8');
-  const [, section = ''] = /\n## Install on a node\n([^]*?)\n## /.exec(readme) ?? [];
+  const [, section = ''] = /\n## Install on a node\n([\s\S]*?)\n## /.exec(readme) ?? [];
   const rowsOf = (table: SettingTable) =>
     Object.values(table).map(({ flag, environment, fallback, meaning }) =>
       `| \`${flag}\` | ${environment.map((name) => `\`${name}\``).join(', ')} | ${fallback ? `\`${fallback}\`` : ''} | ${meaning} |`.replace(

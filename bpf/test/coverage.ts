@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Which reasons each program can count, from its source: those written in the function itself and in every function of
-// redirect.bpf.c that it calls, however deep. A function that serves two programs or two directions names reasons that
+// bpf/ that it calls, however deep. A function that serves two programs or two directions names reasons that
 // one of them cannot reach; those are the exceptions in redirect.test.ts.
 
-import { readFileSync } from 'node:fs';
+import { globSync, readFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 
-const source = join(dirname(import.meta.dirname), 'redirect.bpf.c');
+const directory = dirname(import.meta.dirname);
 
 /** Program to its reasons as the words of redirect.h. */
 export function reasonsInSource(): Map<string, Set<string>> {
-  const text = readFileSync(source, 'utf8').replaceAll(/\/\*[\s\S]*?\*\//g, '');
+  const text = globSync(['*.h', '*.bpf.c'], { cwd: directory })
+    .map((name) => readFileSync(join(directory, name), 'utf8'))
+    .join('\n')
+    .replaceAll(/\/\*[\s\S]*?\*\//g, '');
   const bodies = new Map<string, string>();
   // A definition begins in column 0 and ends with a brace in column 0.
   for (const [, name = '', body = ''] of text.matchAll(

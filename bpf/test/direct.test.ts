@@ -134,6 +134,9 @@ describe('two CPUs and one set', () => {
       podIfindex: 2,
       nsid: -1,
       master: 0,
+      ports: { outbound: 0, inboundPlaintext: 0, inboundHBONE: 0, dns: 0 },
+      address4: new Uint8Array(16),
+      address6: new Uint8Array(16),
     });
     native.putEndpoint(datapath.state, mapped(addresses[4].pod), { ifindex: LO, flags, podMac: fromPod.source }, false);
   });

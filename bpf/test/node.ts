@@ -102,6 +102,13 @@ export const DEAF = 16999;
 
 const DIRECT_FLOWS = 1024;
 
+/** Of an interface in the shared contract. */
+const NO_LISTENERS = {
+  ports: { outbound: 0, inboundPlaintext: 0, inboundHBONE: 0, dns: 0 },
+  address4: new Uint8Array(16),
+  address6: new Uint8Array(16),
+};
+
 /** No device has this index. */
 export const DEAD = 0x7ffffff0;
 
@@ -449,6 +456,7 @@ export class Datapath {
       podIfindex,
       nsid,
       master,
+      ...NO_LISTENERS,
     });
     for (const family of families) {
       const { pod, podAtProxy, podSilent, podAtHost } = addresses[family];
@@ -469,6 +477,7 @@ export class Datapath {
       podIfindex: 2,
       nsid: -1,
       master: 0,
+      ...NO_LISTENERS,
     });
     for (const family of families) {
       const record = { ifindex, flags: all, podMac: OTHER_POD_MAC };

@@ -41,6 +41,7 @@ const TESTED_IN: Record<string, string> = {
   pass_fragment: e2e('fragments'),
   drop_no_listener: 'bpf/test/pod-ingress.ts',
   drop_spoofed_source: 'bpf/test/pod-egress.ts',
+  drop_not_our_address: e2e('inpod'),
   drop_short_first_fragment: 'bpf/test/parse-cases.ts',
   drop_syn_fragment: 'bpf/test/parse-cases.ts',
   drop_malformed: 'bpf/test/parse-cases.ts',
@@ -49,6 +50,7 @@ const TESTED_IN: Record<string, string> = {
   drop_vlan_tagged: 'bpf/test/hooks.test.ts',
   drop_forged_sign: 'bpf/test/proxy-guard.ts',
   drop_fragment: 'bpf/test/parse-cases.ts',
+  drop_unjudged: e2e('inpod'),
   reset_no_listener: 'bpf/test/reset.ts',
 };
 

@@ -1,14 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// npm run bench -- [--quick|--full] [--only TEXT] [--resume]
+// npm run bench -- [--quick|--full] [--only TEXT] [--resume] [--publish]
+// npm run bench -- publish [DIRECTORY]
 // npm run bench -- add [--rounds N] [--attachments 1,1000]
 
 import { parseArgs } from 'node:util';
 import { benchAdd } from './add.ts';
 import { peer } from './programs.ts';
 import { addReport, report } from './report.ts';
-import { benchTraffic } from './traffic.ts';
+import { benchTraffic, finished, publish } from './traffic.ts';
 
-const USAGE = `usage: npm run bench -- [--quick | --full] [--only TEXT] [--resume]
+const USAGE = `usage: npm run bench -- [--quick | --full] [--only TEXT] [--resume] [--publish]
+         --quick     under 5 minutes; default under 40 minutes; --full hours
+         --only      what matches this regular expression: names of loads (fortio, wrk, rr, crr, iperf, hold,
+                     haproxy), programs, add
+         --resume    go on with the newest run of this profile that was interrupted
+         --publish   write BENCHMARKS.md and its plots from the result
+       npm run bench -- publish [DIRECTORY of a result]
        npm run bench -- add [--rounds N] [--attachments N,N]
 `;
 
@@ -26,6 +33,7 @@ const { values, positionals } = (() => {
         full: { type: 'boolean', default: false },
         only: { type: 'string' },
         resume: { type: 'boolean', default: false },
+        publish: { type: 'boolean', default: false },
         rounds: { type: 'string', default: '30' },
         attachments: { type: 'string', default: '1,1000' },
       },
@@ -35,31 +43,44 @@ const { values, positionals } = (() => {
   }
 })();
 const [what, ...more] = positionals;
-if (more.length > 0 || (values.quick && values.full)) refuse();
+if (more.length > (what === 'publish' ? 1 : 0) || (values.quick && values.full)) refuse();
+if (values.publish && (values.quick || values.only !== undefined)) refuse();
 
-if (what === 'add') {
-  const rounds = Number(values.rounds);
-  const attachments = values.attachments.split(',').map(Number);
-  if (!(rounds > 0) || !attachments.every((count) => Number.isInteger(count) && count >= 0)) refuse();
-  const programs = { peer: await peer(), fortio: undefined };
-  const note = (text: string) => process.stderr.write(`${text}\n`);
-  const costs = await benchAdd(programs, {
-    rounds,
-    atOnceRounds: Math.ceil(rounds / 5),
-    attachments,
-    seconds: 0.5,
-    note,
-  });
-  process.stdout.write(addReport(costs));
-} else if (what === undefined) {
-  const { directory, result } = await benchTraffic({
-    profile: values.quick ? 'quick' : values.full ? 'full' : 'default',
-    ...(values.only !== undefined && { only: values.only }),
-    resume: values.resume,
-  });
-  process.stdout.write(report(result));
-  process.stderr.write(`results, tables and plots: ${directory}\n`);
-  if (result.runs.some((run) => run.invalid !== undefined)) process.exitCode = 1;
-} else {
-  refuse();
+async function main(): Promise<void> {
+  if (what === 'add') {
+    const rounds = Number(values.rounds);
+    const attachments = values.attachments.split(',').map(Number);
+    if (!(rounds > 0) || !attachments.every((count) => Number.isInteger(count) && count >= 0)) refuse();
+    const programs = { peer: await peer(), fortio: undefined };
+    const note = (text: string) => process.stderr.write(`${text}\n`);
+    const costs = await benchAdd(programs, {
+      rounds,
+      atOnceRounds: Math.ceil(rounds / 5),
+      attachments,
+      seconds: 0.5,
+      note,
+    });
+    process.stdout.write(addReport(costs));
+  } else if (what === undefined) {
+    const { directory, result } = await benchTraffic({
+      profile: values.quick ? 'quick' : values.full ? 'full' : 'default',
+      ...(values.only !== undefined && { only: values.only }),
+      resume: values.resume,
+    });
+    process.stdout.write(report(result));
+    process.stderr.write(`results, tables and plots: ${directory}\n`);
+    if (values.publish) process.stderr.write(`written: ${(await publish(result)).join(', ')}\n`);
+    if (result.runs.some((run) => run.invalid !== undefined)) process.exitCode = 1;
+  } else if (what === 'publish') {
+    process.stderr.write(`written: ${(await publish(finished(more[0]).result)).join(', ')}\n`);
+  } else {
+    refuse();
+  }
+}
+
+try {
+  await main();
+} catch (error) {
+  process.stderr.write(`bench: ${error instanceof Error ? error.message : String(error)}\n`);
+  process.exitCode = 1;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-import { appendFileSync } from 'node:fs';
+import { appendFileSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { Testbed } from '../netns.ts';
@@ -9,6 +9,7 @@ import { svg } from './plots.ts';
 import { Progress } from './progress.ts';
 import { plots, type Result, report } from './report.ts';
 import { type Run, readRuns } from './run.ts';
+import { publish } from './traffic.ts';
 import { MODES } from './world.ts';
 
 const programs = { peer: '/peer', fortio: '/fortio' };
@@ -140,6 +141,21 @@ describe('report', () => {
     const text = report({ ...result, runs: broken });
     expect(text).toContain('ours, shared, TCX, `fortio-max-64-v4`, round 1: went elsewhere');
     expect(text).toContain('| 5, 1 invalid |');
+  });
+
+  test('BENCHMARKS.md has method, limits, plots and tables, and comes from a whole result alone', async () => {
+    using testbed = Testbed.open();
+    const root = testbed.directory('root');
+    const paths = await publish(result, root);
+    const text = readFileSync(join(root, 'BENCHMARKS.md'), 'utf8');
+    for (const heading of ['Method', 'Limits', 'Plots', 'Ratios', 'Figures'])
+      expect(text).toContain(`\n## ${heading}\n`);
+    const images = [...text.matchAll(/!\[.*?\]\((.*?)\)/g)].map(([, path = '']) => join(root, path));
+    expect(images.length).toBeGreaterThan(0);
+    expect(paths).toEqual([join(root, 'BENCHMARKS.md'), ...images]);
+    for (const image of images) expect(readFileSync(image, 'utf8')).toMatch(/^<svg /);
+    await expect(publish({ ...result, only: 'wrk' }, root)).rejects.toThrow('only wrk was measured');
+    await expect(publish({ ...result, profile: 'quick' }, root)).rejects.toThrow('quick');
   });
 
   test('plots are SVG with a line for each mode', async () => {

@@ -10,7 +10,7 @@ export function duration(seconds: number): string {
 
 export class Progress {
   readonly #terminal = process.stderr.isTTY === true;
-  readonly #begun = performance.now();
+  #begun: number | undefined;
   /** Seconds of load that the plan has, and that are behind it. */
   readonly #planned: number;
   readonly #count: number;
@@ -37,12 +37,13 @@ export class Progress {
   /** Seconds until the end: what each second of load has really taken so far, or 1.4 at the beginning. */
   get left(): number {
     const share = (this.#count - this.#skipped) / Math.max(1, this.#count);
-    const spent = (performance.now() - this.#begun) / 1000;
+    const spent = (performance.now() - (this.#begun ?? 0)) / 1000;
     const factor = this.#measured > 0 ? spent / this.#measured : 1.4;
     return Math.max(0, this.#planned * share - this.#measured) * factor + this.#after;
   }
 
   begin(text: string): void {
+    this.#begun ??= performance.now();
     const line = `[${this.#skipped + this.#finished + 1}/${this.#count}] about ${duration(this.left)} left: ${text}`;
     if (this.#terminal) {
       process.stderr.write(`\r\x1b[K${line.slice(0, (process.stderr.columns ?? 80) - 1)}`);

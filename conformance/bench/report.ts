@@ -6,6 +6,7 @@ import type { Machine } from './machine.ts';
 import { compare, type Measure, type ModeSummary, summarize } from './measures.ts';
 import { PROFILES, type ProfileName } from './plan.ts';
 import type { Plot, Point } from './plots.ts';
+import { FORTIO_VERSION } from './programs.ts';
 import type { ProgramCosts } from './programs-cost.ts';
 import { duration } from './progress.ts';
 import type { Run } from './run.ts';
@@ -29,6 +30,29 @@ export interface Result {
 
 const order = MODES.map(({ name }) => name);
 const title = (mode: string) => MODES.find(({ name }) => name === mode)?.title ?? mode;
+
+const METHOD = `Made by \`npm run bench -- --publish\`; nothing here is written by hand.
+
+## Method
+
+- **One node for each way** to the proxy, all on this machine, in network namespaces that the bench makes and takes away: a client pod, a server pod, and a proxy pod where there is one, on veth pairs that CNI's ptp plugin makes. Nothing of one (TIME_WAIT, conntrack, rules) is seen by another.
+- **The same proxy everywhere**: a native one (\`conformance/bench/native/peer.c\`: one thread, epoll, no TLS), with the same settings in every mode, and HAProxy with one thread where that works (not inside pods: it cannot mark what it connects). The server behind it answers and does nothing else. With a ztunnel the proxy's own work is larger, and what redirection makes of the whole is smaller.
+- **Published experiment**: fortio ${FORTIO_VERSION} client and server in two enrolled pods of one node, \`-uniform -qps 0\` and \`-qps 8000\`, with 10 µs wide latency buckets (its default of 1 ms is interpolated below that). Then wrk, iperf3, and loads of the native program: one byte there and back, new connections, many open connections.
+- **Shuffled and paired**: for each load all modes run one right after the other, in an order of its own each time; ratios are of such neighbours. Their interval is a bootstrap over the pairs. Only an interval that leaves out 1, of ${FEWEST_PAIRS} pairs or more, gets a word.
+- **New connections per second** without TIME_WAIT: the client ends each connection with RST, and the proxy does so on its other side, so no side keeps state and no port is waited for. Sockets in TIME_WAIT are counted; a run that made any is invalid.
+- **Every run is checked**: the proxies must have accepted the connections and passed on the bytes that the load says it made, and no others; our programs must have redirected them, on the hooks that the mode names; the redirecting netfilter rules must have matched; the tunnel must have carried what it should. Else the run is invalid, listed below, and in no figure. \`npm test\` has a miswired twin of each mode, which this check must refuse.
+- **CPU** is that of the whole machine from \`/proc/stat\`, interrupts and softirqs included: load generator, server, proxy and kernel. Whatever else runs on the machine is in it.
+- **iptables, shared**: Istio 1.20's marks, chains, rules and tables, for both families, without its ipset (a pod is matched by its veth, which is cheaper). Istio had GENEVE tunnels between node and proxy; VXLAN stands in, as this kernel need not have GENEVE. By Istio's rules only a connection's opening packets go through the tunnel, the later ones go by its connection mark: that is the mode “VXLAN for openings”. “VXLAN for all packets” leaves that rule out and is the encapsulation that descriptions of that mode suggest.
+- **iptables, in-pod**: the rules of Istio 1.21 and later in each pod's namespace, plaintext between the pods.
+- Reno as congestion control in every namespace, as it paces nothing and any namespace may have it. No processor is set apart for anything.
+
+## Limits
+
+- One machine, no wire: what a network card, its queues and its offloads do is not here, and client, server and proxies share its processors, so a cheaper path shows as more requests.
+- Many comparisons are made at once, and an interval of 95 % is wrong in 1 of 20.
+- Medians of few rounds: the least and the greatest are given, and are to be read.
+- A virtual machine's processors are taken away now and then (\`steal\`); a pair sees that less than a run does.
+- Instructions per packet are not measured (virtual machines seldom have the counters); nanoseconds per packet are.`;
 
 /** Three significant digits; thousands as they are. */
 export function figure(value: number): string {
@@ -198,6 +222,12 @@ export function report(result: Result): string {
   if (result.programs) parts.push(programReport(result.programs));
   if (result.add) parts.push(addReport(result.add));
   return `${parts.join('\n\n').trimEnd()}\n`;
+}
+
+/** BENCHMARKS.md. `plotsIn`: the directory of the plots, from where it lies. */
+export function benchmarks(result: Result, plotsIn: string): string {
+  const images = plots(result).map((plot) => `![${plot.title}](${plotsIn}/${plot.name}.svg)`);
+  return `# Benchmarks\n\n${METHOD}\n\n## Plots\n\n${images.join('\n\n')}\n\n${report(result).replace(/^/, '## Run\n\n')}`;
 }
 
 function curve(runs: readonly Run[], pattern: RegExp, metric: string): Point[] {

@@ -2,7 +2,7 @@
 // One bench from plan to tables: a directory below results/ holds the plan, a line for each run, a file for each other
 // part, and in the end the result.
 
-import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { type AddCosts, benchAdd } from './add.ts';
 import { type Machine, machine } from './machine.ts';
@@ -11,7 +11,7 @@ import { svg } from './plots.ts';
 import { FORTIO_VERSION, fortio, peer } from './programs.ts';
 import { measurePrograms, type ProgramCosts } from './programs-cost.ts';
 import { Progress } from './progress.ts';
-import { plots, type Result, report } from './report.ts';
+import { benchmarks, plots, type Result, report } from './report.ts';
 import { readRuns, runSteps } from './run.ts';
 
 export const RESULTS = join(import.meta.dirname, '../../results');
@@ -31,6 +31,10 @@ interface Plan {
   begun: string;
   machine: Machine;
 }
+
+/** Where BENCHMARKS.md and its plots go. */
+const ROOT = join(import.meta.dirname, '../..');
+const PLOTS = 'conformance/bench/plots';
 
 const planFile = (directory: string) => join(directory, 'plan.json');
 const resultFile = (directory: string) => join(directory, 'result.json');
@@ -137,4 +141,40 @@ export async function benchTraffic(options: BenchOptions): Promise<Finished> {
   writeFileSync(join(directory, 'tables.md'), report(result));
   for (const plot of plots(result)) writeFileSync(join(directory, `${plot.name}.svg`), await svg(plot));
   return { directory, result };
+}
+
+/** The newest result that may be published, or the one in `directory`. */
+export function finished(directory?: string): Finished {
+  const names = existsSync(RESULTS) ? readdirSync(RESULTS).sort().reverse() : [];
+  const candidates = directory === undefined ? names.map((name) => join(RESULTS, name)) : [directory];
+  for (const candidate of candidates.filter((one) => existsSync(resultFile(one)))) {
+    const result = JSON.parse(readFileSync(resultFile(candidate), 'utf8')) as Result;
+    if (directory !== undefined || publishable(result) === null) return { directory: candidate, result };
+  }
+  throw new Error(`no whole result of the default or the full profile in ${directory ?? RESULTS}`);
+}
+
+/** Why a result must not stand in BENCHMARKS.md, or null. */
+export function publishable(result: Result): string | null {
+  if (result.profile === 'quick') return 'the quick profile measures too little';
+  if (result.only !== undefined) return `only ${result.only} was measured`;
+  return null;
+}
+
+/** Writes BENCHMARKS.md and its plots; returns the paths. */
+export async function publish(result: Result, root: string = ROOT): Promise<string[]> {
+  const reason = publishable(result);
+  if (reason !== null) throw new Error(`not published: ${reason}`);
+  const directory = join(root, PLOTS);
+  rmSync(directory, { recursive: true, force: true });
+  mkdirSync(directory, { recursive: true });
+  const text = join(root, 'BENCHMARKS.md');
+  writeFileSync(text, benchmarks(result, PLOTS));
+  const paths = [text];
+  for (const plot of plots(result)) {
+    const path = join(directory, `${plot.name}.svg`);
+    writeFileSync(path, await svg(plot));
+    paths.push(path);
+  }
+  return paths;
 }

@@ -132,8 +132,10 @@ def seen(port, family):
     return {"seen": servers[port, socket.AF_INET6 if family == 6 else socket.AF_INET].seen}
 
 
-def connect(address, port, source=None, sourcePort=0, timeout=5000, scope=None, banner=True):
+def connect(address, port, source=None, sourcePort=0, timeout=5000, scope=None, banner=True, mark=0):
     connection = socket.socket(family_of(address), socket.SOCK_STREAM)
+    if mark:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_MARK if hasattr(socket, "SO_MARK") else 36, mark)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     connection.settimeout(timeout / 1000)
     if source is not None or sourcePort:
@@ -325,9 +327,11 @@ def ping(address, timeout=2000, size=16):
                 return {}
 
 
-def frame(ifname, hex, count=1):
-    """Ethernet frames as they are, past the IP stack."""
+def frame(ifname, hex, count=1, bypass=False):
+    """Ethernet frames as they are, past the IP stack; past the egress hook of tc too if so asked."""
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+        if bypass:
+            raw.setsockopt(263, 20, 1)  # SOL_PACKET, PACKET_QDISC_BYPASS
         raw.bind((ifname, 0))
         for _ in range(count):
             raw.send(bytes.fromhex(hex))

@@ -37,6 +37,8 @@ export interface ConnectOptions {
   timeout?: number;
   /** Interface for link-local addresses. */
   scope?: string;
+  /** SO_MARK. */
+  mark?: number;
   /** False where the server does not greet. */
   banner?: boolean;
 }
@@ -231,9 +233,9 @@ export class Endpoint {
     await this.#call('lone_fragment', { ...where, flags, size });
   }
 
-  /** Sends Ethernet frames, past the IP stack (packet(7)). */
-  async frame(ifname: string, bytes: Uint8Array, count = 1): Promise<void> {
-    await this.#call('frame', { ifname, hex: Buffer.from(bytes).toString('hex'), count });
+  /** Sends Ethernet frames, past the IP stack (packet(7)). `bypass`: past the egress hook too (PACKET_QDISC_BYPASS). */
+  async frame(ifname: string, bytes: Uint8Array, count = 1, bypass = false): Promise<void> {
+    await this.#call('frame', { ifname, hex: Buffer.from(bytes).toString('hex'), count, bypass });
   }
 
   /** Asks resolvers from one socket. A question: [resolver, name, transaction id]. Answers as they come. */

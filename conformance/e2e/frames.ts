@@ -14,6 +14,7 @@ export interface Frame {
   destinationPort: number;
   /** Default SYN. */
   flags?: number;
+  payload?: string;
 }
 
 export const SYN = 0x02;
@@ -50,11 +51,11 @@ function checksum(bytes: Buffer): number {
   return ~sum & 0xffff;
 }
 
-/** One Ethernet frame with one TCP segment without payload. */
+/** One Ethernet frame with one TCP segment. */
 export function tcpFrame(frame: Frame): Uint8Array {
   const from = address(frame.from);
   const to = address(frame.to);
-  const tcp = Buffer.alloc(20);
+  const tcp = Buffer.concat([Buffer.alloc(20), Buffer.from(frame.payload ?? '')]);
   tcp.writeUInt16BE(frame.sourcePort, 0);
   tcp.writeUInt16BE(frame.destinationPort, 2);
   tcp.writeUInt32BE(0x12345678, 4);
@@ -66,7 +67,7 @@ export function tcpFrame(frame: Frame): Uint8Array {
   const header = Buffer.alloc(from.length === 4 ? 20 : 40);
   if (from.length === 4) {
     header.writeUInt8(0x45, 0);
-    header.writeUInt16BE(40, 2);
+    header.writeUInt16BE(20 + tcp.length, 2);
     header.writeUInt8(64, 8);
     header.writeUInt8(6, 9);
     from.copy(header, 12);

@@ -195,8 +195,7 @@ describe.each(LONG ? kinds : kinds.slice(0, 1))('numbers that come again, $hook,
     await vanish(old);
     const proxy = mesh.topology.pod('ztunnel-1', { namespace: 'istio-system' });
     expect(proxy.netns.path).toBe(path);
-    // The lowest free inode is taken, and everybody on the machine takes from the same numbers.
-    for (let tries = 0; statSync(path, { bigint: true }).ino !== ino && tries < 100; tries++) renew(proxy.netns);
+    renewUntil(proxy.netns, ino);
     await mesh.topology.add(proxy);
     await new HAProxy(mesh.topology.testbed, proxy.netns, 'second').start();
     const works = async () => {
@@ -212,6 +211,42 @@ describe.each(LONG ? kinds : kinds.slice(0, 1))('numbers that come again, $hook,
     expect(proxy.netns.ip('rule') + proxy.netns.ip('-6', 'rule')).toBe(rules);
     await works();
   });
+});
+
+test('enroll and unenroll by namespace do not take a dead pod of the same inode for the one that is there', async () => {
+  const mesh = await Mesh.start();
+  try {
+    const [first, second] = [mesh.topology.pod('first', { enroll: true }), mesh.topology.pod('second')];
+    const { ino } = statSync(first.netns.path, { bigint: true });
+    await mesh.topology.add(first);
+    const { hostIfname } = first;
+    removeNetns(first.netns);
+    await until('the first pod is gone', () => !mesh.topology.node.links().includes(hostIfname), 10_000);
+    renewUntil(second.netns, ino);
+    mesh.topology.wire(second, 60);
+    reachable(mesh, second);
+    await second.endpoint.listen(PORT);
+    expect(await mesh.commanded('enroll', '--netns', second.netns.path, '--pod', 'default/second')).toContain('second');
+    for (const family of families) expect(await mesh.goesDirect('outsider', second.addresses[family])).toBe(false);
+    const states = async () =>
+      (JSON.parse(await mesh.commanded('pods', '-o', 'json')) as { name: string; state: string }[])
+        .filter(({ name }) => name === 'first' || name === 'second')
+        .map(({ name, state }) => [name, state])
+        .sort();
+    expect(await states()).toEqual([
+      ['first', 'attached'],
+      ['second', 'attached'],
+    ]);
+    expect(await mesh.commanded('unenroll', '--no-drain', '--netns', second.netns.path)).toMatch(
+      /^unenrolled default\/second: [^\n]*\n$/,
+    );
+    expect(await states()).toEqual([
+      ['first', 'attached'],
+      ['second', 'recorded'],
+    ]);
+  } finally {
+    mesh.close();
+  }
 });
 
 describe('two nodes on one machine', () => {
@@ -271,6 +306,14 @@ function reachable(mesh: Mesh, pod: Pod): void {
     pod.netns.ip(`-${family}`, 'route', 'add', nodeAddress, 'dev', 'eth0');
     pod.netns.ip(`-${family}`, 'route', 'add', 'default', 'via', nodeAddress, 'dev', 'eth0');
   }
+}
+
+/**
+ * Another namespace of the same name, with that inode if it can be had: the lowest free one is taken, and everybody on the
+ * machine takes from the same numbers.
+ */
+function renewUntil(netns: Namespace, ino: bigint): void {
+  for (let tries = 0; statSync(netns.path, { bigint: true }).ino !== ino && tries < 100; tries++) renew(netns);
 }
 
 /** The same name, another namespace. */

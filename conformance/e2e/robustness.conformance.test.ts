@@ -11,6 +11,7 @@ import { join } from 'node:path';
 import { afterEach, describe, expect, test } from 'vitest';
 import { differences, type KernelState, kernelState } from '../kernel-state.ts';
 import { exec, type Namespace, type Outcome } from '../netns.ts';
+import { acknowledge } from './inpod.ts';
 import { executable, type Pod, type PodOptions, requireExecutable, Topology } from './topology.ts';
 
 const long = process.env.AMBIENT_REDIRECT_LONG === '1';
@@ -33,7 +34,16 @@ function randomNumbers(from: number): () => number {
 
 const appPod: PodOptions = { enroll: true };
 const proxyPod: PodOptions = { namespace: 'istio-system' };
+const inPod: PodOptions = {
+  enroll: true,
+  entry: {
+    proxy: { contract: 'in-pod', match: { namespace: 'istio-system', name: 'ztunnel-*' } },
+    dnsCapture: true,
+    exclude: { outboundPorts: [7001] },
+  },
+};
 const roles = [
+  { role: 'in-pod app pod', label: 'inpod', options: inPod },
   { role: 'app pod', label: 'app', options: appPod },
   { role: 'proxy', label: 'ztunnel-x', options: proxyPod },
 ] as const;
@@ -44,6 +54,8 @@ afterEach(() => topology?.close());
 function prepare(hook: 'tcx' | 'clsact', entry: Record<string, unknown> = {}): void {
   requireExecutable();
   topology = new Topology({ primary: 'ptp', hook, rpFilter: 1, entry });
+  // Listens before the first plugin has started.
+  void acknowledge(topology);
 }
 
 function wiredPod(label: string, number: number, options: PodOptions): Pod {
@@ -109,7 +121,7 @@ async function glance(pod: Pod, bystander: Pod): Promise<KernelState> {
       "printf 'link show\\nrule show\\nroute show table all\\n' | ip -o -4 -batch -",
       "printf 'rule show\\nroute show table all\\n' | ip -o -6 -batch -",
       `printf '${ifnames.flatMap(hooks).join('\\n')}\\n' | tc -force -batch - 2>/dev/null`,
-      `cat /proc/sys/net/ipv4/conf/*/accept_local`,
+      `cat /proc/sys/net/ipv4/conf/*/accept_local /proc/sys/net/ipv4/conf/*/route_localnet`,
     ].join('; ');
     const outcome = await namespace.exec(['sh', '-c', script]);
     expect(outcome.status, outcome.stderr).toBe(0);
@@ -337,7 +349,11 @@ describe.each(hooks)('%s: each kernel call fails in turn', (hook) => {
         if (outcome.status === 0) {
           // What glance() does not see cannot be missed either.
           const seen = differences(before, await glance(pod, other)).join('\n');
-          const parts = role === 'proxy' ? ['lookup 41905', 'local default', 'proxies'] : ['pod_ingress', 'interfaces'];
+          const parts = {
+            proxy: ['lookup 41905', 'local default', 'proxies'],
+            'app pod': ['pod_ingress', 'interfaces'],
+            'in-pod app pod': ['inpod_egress', 'inpod_guard', 'lookup 41905', 'local default', 'interfaces'],
+          }[role];
           for (const part of [...parts, 'attachments']) expect(seen).toContain(part);
           await succeeds('DEL', pod);
           expect(differences(before, await glance(pod, other)), title).toEqual([]);

@@ -4,7 +4,7 @@
 // inside means anything), `/` shared read-only by virtiofs below an overlay of tmpfs, so that the checkout, Node and
 // every tool are there as they are here, and what is written is gone afterwards. No network but loopback.
 
-import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { existsSync, globSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { basename, join } from 'node:path';
 import { must, type Running, Testbed, until } from '../netns.ts';
 import type { Kernel } from './debian.ts';
@@ -94,7 +94,7 @@ function makeInitramfs(kernel: Kernel, work: string): void {
   must(['cp', '/bin/busybox', join(tree, 'bin/busybox')]);
   const order: string[] = [];
   for (const module of MODULES) {
-    const needed = must(['modprobe', '-d', kernel.root, '-S', kernel.release, '--show-depends', module]);
+    const needed = dependencies(kernel, module);
     // "builtin NAME" where the kernel has it inside.
     for (const [, path = ''] of needed.matchAll(/^insmod (\S+)/gm)) {
       const name = basename(path).replace(/\.ko.*$/, '.ko');
@@ -113,6 +113,15 @@ function makeInitramfs(kernel: Kernel, work: string): void {
   writeFileSync(join(tree, 'modules/order'), `${order.join('\n')}\n`);
   writeFileSync(join(tree, 'init'), INIT, { mode: 0o755 });
   must(['sh', '-c', 'cd "$0" && find . | cpio -o -H newc --quiet >"$1"', tree, join(work, 'initramfs')]);
+}
+
+/** Lines of modprobe --show-depends. */
+function dependencies(kernel: Kernel, module: string): string {
+  const modules = join(kernel.root, 'lib/modules', kernel.release);
+  const files = globSync(`kernel/**/${module}.ko*`, { cwd: modules });
+  // From 7.0 on the packages have no list of what is built in: what has no file is.
+  if (files.length === 0 && !existsSync(join(modules, 'modules.builtin'))) return '';
+  return must(['modprobe', '-d', kernel.root, '-S', kernel.release, '--show-depends', module]);
 }
 
 // switch_root is called by the first process itself: the kernel's own threads share its root directory, and so find

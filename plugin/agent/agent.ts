@@ -36,6 +36,7 @@ import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
 import { type PodIdentity, podIdentity } from '../redirect/enrolment.ts';
 import { hasCode, isNativeError, kernelReason, openState } from '../state.ts';
 import { ZdsError, ZdsServer } from '../zds/server.ts';
+import { type CgroupFinding, cgroupOf, isGone } from './cgroups.ts';
 import type { AgentLog } from './log.ts';
 import { AgentMetrics } from './metrics.ts';
 import { openWorkloadNetns } from './netns.ts';
@@ -79,6 +80,9 @@ const DEADLINE_MS = 10_000;
 
 /** How long DEL waits for ztunnel's answer. */
 const DEL_WAIT_MS = 500;
+
+/** Fewer than the map holds: those of ztunnels that an agent before this one knew are not known to be gone. */
+const MAX_PROXY_CGROUPS = 48;
 
 /** Another agent runs with this runDir. */
 export class AgentRunsError extends Error {
@@ -318,6 +322,7 @@ export class Agent {
         if (now !== null) this.native.putAttachment(state, key, { ...now, serviceAccount });
       });
     }
+    this.#writeCgroups();
     const id = hex(key);
     uid ||= id;
     const names = { name: pod.name, namespace: pod.namespace, serviceAccount };
@@ -406,6 +411,7 @@ export class Agent {
         }
       }
     }
+    this.#writeCgroups();
     await this.#truth?.compare();
     await this.#tellUnacknowledged();
     await this.#enrolPending();
@@ -530,11 +536,57 @@ export class Agent {
           metrics.zdsMessages.inc({ kind, result });
           metrics.zdsSeconds.observe({ kind }, seconds);
         },
+        connected: ({ pid }) => this.#trust(pid),
         changed: () => {
           // During start() the server is not there yet.
           if (this.#zds?.isLive === true && !this.#stopped) this.#whenLive();
         },
       },
+    });
+  }
+
+  /** by process; of ztunnels that are connected, or were while this agent has been running */
+  readonly #cgroups = new Map<number, CgroupFinding>();
+
+  /** Why the proxy's mark can be forged: how many ztunnels' cgroups are not known. null: it cannot. */
+  get forgeable(): string | null {
+    const connected = new Set(this.#zds?.connections.map(({ pid }) => pid));
+    for (const [pid, finding] of this.#cgroups) {
+      if (connected.has(pid) && 'unusable' in finding) return finding.unusable;
+    }
+    return null;
+  }
+
+  #trust(pid: number): void {
+    const finding = cgroupOf(pid);
+    this.#cgroups.set(pid, finding);
+    if ('unusable' in finding) {
+      this.log.warn({ pid, reason: finding.unusable }, 'pods with CAP_NET_RAW can forge the mark of ztunnel');
+    }
+    this.#writeCgroups();
+  }
+
+  /**
+   * Whose sockets may use the proxy's mark. There is no state before the first pod, and without a ztunnel what is
+   * written stays in force: one that lost its agent goes on serving.
+   */
+  #writeCgroups(): void {
+    if (this.#cgroups.size === 0) return;
+    const forgeable = this.forgeable !== null;
+    const connected = new Set(this.#zds?.connections.map(({ pid }) => pid));
+    this.#withState((state) => {
+      const present = this.native.listProxyCgroups(state);
+      for (const [pid, finding] of this.#cgroups) {
+        // One that drains has left, and has sockets.
+        if (!connected.has(pid) && ('unusable' in finding || isGone(finding))) {
+          this.#cgroups.delete(pid);
+          if ('id' in finding) this.native.deleteProxyCgroup(state, finding.id);
+        } else if ('id' in finding && !present.includes(finding.id)) {
+          if (present.length >= MAX_PROXY_CGROUPS) this.native.deleteProxyCgroup(state, present.shift() ?? 0n);
+          this.native.putProxyCgroup(state, finding.id);
+        }
+      }
+      if (this.native.settings(state).checkCgroups === forgeable) this.native.setCheckCgroups(state, !forgeable);
     });
   }
 

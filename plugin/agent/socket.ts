@@ -44,6 +44,8 @@ const ROUTES: Readonly<Record<string, Handler>> = {
     pid: process.pid,
     zds: { socket: agent.settings.zdsSocket, connections: agent.zds?.connections ?? [] },
     workloads: agent.registry.size,
+    unacknowledged: [...agent.registry.values()].filter(({ uid }) => agent.zds?.answerOf(uid) !== null).length,
+    markForgeable: agent.forgeable,
     unready: agent.readiness.unready(),
     logLevel: agent.log.level,
   }),

@@ -48,11 +48,14 @@ export async function agent(native: Native, settings: AgentSettings): Promise<nu
     return 1;
   } finally {
     for (const step of close) await step();
+    if (process.connected) process.disconnect();
   }
 }
 
-function firstSignal(): Promise<NodeJS.Signals> {
+function firstSignal(): Promise<string> {
   return new Promise((resolve) => {
+    // Only of a process that was started with a channel, which `demo` does, so that none is left of a killed one.
+    process.once('disconnect', () => resolve('disconnect'));
     for (const signal of ['SIGTERM', 'SIGINT'] as const) process.once(signal, () => resolve(signal));
   });
 }

@@ -61,7 +61,7 @@ function read(native: Native, directories: Directories): Line[] {
   if (state === null) return [];
   try {
     const owners = new Map<number, AttachmentRecord>(
-      native.listAttachments(state).map(({ record }) => [record.hostIfindex, record]),
+      native.listAttachments(state).map(({ record }) => [record.interfaceId, record]),
     );
     return native
       .counters(state)

@@ -9,6 +9,7 @@ import type { Native } from '../native.ts';
 import type { Terminal } from './terminal.ts';
 
 export interface DemoOptions {
+  contract: 'shared' | 'in-pod';
   family: '4' | '6' | 'both';
   keep?: true;
   /** name of a kept demo */
@@ -30,8 +31,8 @@ export async function demo(loadNative: () => Native, terminal: Terminal, options
     return 0;
   }
   if (options.serve !== undefined) {
-    await serveDemo(native, options.serve, families);
+    await serveDemo(native, options.serve, { contract: options.contract, families });
     return 0;
   }
-  return runDemo(native, terminal, { families, keep: options.keep === true });
+  return runDemo(native, terminal, { contract: options.contract, families, keep: options.keep === true });
 }

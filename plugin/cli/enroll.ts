@@ -2,10 +2,11 @@
 // `enroll`: what ADD does, for a pod that runs already. Its open connections are older than its enrolment and go on
 // direct; new ones are redirected.
 
-import { attachmentKey } from '../attachments.ts';
+import { announceAttachment } from '../agent-client.ts';
+import { attachmentKey, hex } from '../attachments.ts';
 import { formatAddress, type IpPrefix } from '../cni/address.ts';
 import { CniError, Code } from '../cni/errors.ts';
-import { attach, describePod, type Target } from '../datapath.ts';
+import { attach, describePod, detach, isSameNetns, type Target } from '../datapath.ts';
 import type { AttachmentRecord, Native } from '../native.ts';
 import type { PortRange } from '../redirect/config.ts';
 import { mergeExclusions } from '../redirect/exclusions.ts';
@@ -33,12 +34,12 @@ export interface TrafficOptions {
 }
 
 /** For a pod that is enrolled already: its settings are replaced where they are, and no connection is cut. */
-export function enroll(
+export async function enroll(
   native: Native,
   terminal: Terminal,
   settings: Settings,
   options: EnrollOptions & TrafficOptions,
-): 0 {
+): Promise<0> {
   const target = targetOf(native, settings, options, 'pod');
   const config = {
     ...settings.config,
@@ -49,9 +50,24 @@ export function enroll(
       outboundCIDRs: options.excludeOutboundCidrs ?? [],
     }),
   };
+  const before = recordsOf(native, settings).find(({ key }) => hex(key) === hex(target.key))?.record;
   const record = attach(native, config, target);
+  if (record.contract === 'in-pod') {
+    try {
+      await announceAttachment(config, record);
+    } catch (error) {
+      // One that was served already stays in the mesh: the agent sees to it.
+      if (before?.state !== 'attached') {
+        detach(native, config, target.key);
+        attach(native, config, { ...target, role: 'none' });
+      }
+      throw error;
+    }
+  }
   const addresses = record.addresses.map(formatAddress).join(', ') || 'no address';
-  terminal.out(`enrolled ${describePod(record)}: ${record.ifname} (${addresses}) through ${record.hostIfname}\n`);
+  terminal.out(
+    `enrolled ${describePod(record)}: ${record.ifname} (${addresses}) through ${record.hostIfname || 'programs in its namespace only'}\n`,
+  );
   return 0;
 }
 
@@ -64,11 +80,11 @@ export function targetOf(native: Native, settings: Settings, options: EnrollOpti
   const netns = openSandbox(native, path);
   try {
     assertOtherNetns(native, netns, path);
-    const { dev, ino } = native.netnsIdentity(netns);
+    const identity = native.netnsIdentity(netns);
     const known = recordsOf(native, settings).find(
-      ({ record }) => record.netns.dev === dev && record.netns.ino === ino && record.ifname === ifname,
+      ({ record }) => isSameNetns(identity, record.netns) && record.ifname === ifname,
     )?.record;
-    const containerId = options.containerId ?? known?.containerId ?? `netns-${ino}`;
+    const containerId = options.containerId ?? known?.containerId ?? `netns-${identity.ino}`;
     // Another container id in the same namespace would be a second attachment of one interface.
     if (known !== undefined && known.containerId !== containerId) {
       throw new CniError(

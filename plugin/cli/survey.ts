@@ -115,7 +115,7 @@ export function isRefusal(reason: string): boolean {
   return reason.startsWith('drop_') || reason.startsWith('reset_');
 }
 
-/** Counters of drops at an attachment's host-side interface. */
+/** Counters of drops at an attachment's interface. */
 function dropsAt(counters: readonly Counter[], ifindex: number): bigint {
   return counters
     .filter((counter) => counter.ifindex === ifindex && isRefusal(counter.reason))
@@ -138,7 +138,7 @@ function examine(
     present,
     alive: present ? record.hooks.length - missing : 0,
     findings,
-    drops: dropsAt(counters, record.hostIfindex),
+    drops: dropsAt(counters, record.interfaceId),
   };
 }
 

@@ -61,7 +61,7 @@ function onlyReader(native: Native, { runDir }: Directories): number {
 /** Owners by host-side index; with a pod its own only. Throws CniError 7 if it has none. */
 function interfacesOf(native: Native, state: State, pod: string | undefined): Map<number, AttachmentRecord> {
   const attached = native.listAttachments(state).filter(({ record }) => record.state !== 'recorded');
-  const owners = new Map(attached.map(({ record }) => [record.hostIfindex, record]));
+  const owners = new Map(attached.map(({ record }) => [record.interfaceId, record]));
   if (pod === undefined) return owners;
   const own = new Map([...owners].filter(([, record]) => describePod(record) === pod));
   if (own.size === 0) {
@@ -168,6 +168,11 @@ const DIRECTIONS: Record<TraceEvent['program'], string> = {
   proxy_guard: 'to proxy',
   proxy_ingress: 'inside the proxy',
   proxy_lookup: 'inside the proxy',
+  inpod_egress: 'from',
+  inpod_ingress: 'to',
+  inpod_lookup: 'to',
+  inpod_sign: 'from the host to',
+  inpod_guard: 'past the programs of',
 };
 
 /** "12:34:56.789012 from default/web: TCP 10.0.0.2:40000 > 10.0.0.3:80 SYN, 74 bytes: redirected_outbound by pod_egress" */

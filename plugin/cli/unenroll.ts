@@ -2,9 +2,8 @@
 // `unenroll`: takes a running pod's programs away, at once or when the proxy has no connection of it any more. The pod stays recorded as one that is not enrolled, so that the
 // runtime's CHECK and DEL, and a later `enroll`, still know it.
 
-import { statSync } from 'node:fs';
 import { CniError, Code } from '../cni/errors.ts';
-import { attach, describePod, detach } from '../datapath.ts';
+import { attach, describePod, detach, isSameNetns } from '../datapath.ts';
 import { beginDrain, endDrains, isDraining, proxiedConnections } from '../drain.ts';
 import type { AttachmentRecord, Native } from '../native.ts';
 import { type Directories, openState } from '../state.ts';
@@ -24,7 +23,7 @@ export interface UnenrollOptions {
 }
 
 export function unenroll(native: Native, terminal: Terminal, settings: Settings, options: UnenrollOptions): 0 {
-  const matches = selector(options);
+  const matches = selector(native, options);
   const found = recordsOf(native, settings).filter(({ record }) => record.role === 'pod' && matches(record));
   if (found.length === 0) {
     throw new CniError(Code.INVALID_NETWORK_CONFIG, 'no such enrolled pod', `${settings.config.stateDir} has none`);
@@ -41,7 +40,9 @@ export function unenroll(native: Native, terminal: Terminal, settings: Settings,
     }
     detach(native, dirs, key);
     remember(native, settings, key, record);
-    terminal.out(`unenrolled ${describePod(record)}: ${record.ifname} through ${record.hostIfname}\n`);
+    terminal.out(
+      `unenrolled ${describePod(record)}: ${record.ifname}${record.hostIfname === '' ? '' : ` through ${record.hostIfname}`}\n`,
+    );
   }
   if (options.drain === false) terminal.err('connections of these pods that went through the proxy are cut\n');
   else {
@@ -68,13 +69,18 @@ function drain(native: Native, dirs: Directories, key: Uint8Array, record: Attac
 }
 
 /** Throws CniError 7 for a path that is not there. */
-function selector({ netns, pod, containerId }: UnenrollOptions): (record: AttachmentRecord) => boolean {
+function selector(native: Native, { netns, pod, containerId }: UnenrollOptions): (record: AttachmentRecord) => boolean {
   if (pod !== undefined) return (record) => `${record.podNamespace}/${record.podName}` === pod;
   if (containerId !== undefined) return (record) => record.containerId === containerId;
   const path = netns ?? '';
   try {
-    const { dev, ino } = statSync(path, { bigint: true });
-    return (record) => record.netns.dev === dev && record.netns.ino === ino;
+    const fd = native.openNetns(path);
+    try {
+      const identity = native.netnsIdentity(fd);
+      return (record) => isSameNetns(identity, record.netns);
+    } finally {
+      native.close(fd);
+    }
   } catch {
     // A namespace without a path any more is found by the path that it had.
     return (record) => record.netnsPath === path;

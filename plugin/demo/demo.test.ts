@@ -75,13 +75,15 @@ async function until(what: string, condition: () => boolean): Promise<void> {
 }
 
 describe.each([
-  ['both', 18],
-  ['4', 9],
-  ['6', 9],
-])('demo --family %s', (family, rows) => {
+  ['shared', 'both', 18],
+  ['shared', '4', 9],
+  ['shared', '6', 9],
+  ['in-pod', 'both', 16],
+  ['in-pod', '6', 8],
+])('demo --contract %s --family %s', (contract, family, rows) => {
   test(`all ${rows} rows are right, and nothing stays`, async () => {
     const before = surroundings();
-    const { code, out, err } = await outcome(start(['demo', '--family', family]));
+    const { code, out, err } = await outcome(start(['demo', '--contract', contract, '--family', family]));
     expect({ code, err, last: out.trimEnd().split('\n').at(-1) }).toEqual({
       code: 0,
       err: '',
@@ -122,9 +124,21 @@ describe('a demo that is interrupted leaves nothing', () => {
     expect(surroundings()).toEqual(before);
   });
 
-  test('SIGKILL: the next one takes away what is left', async () => {
+  test('the agent and ztunnel of the contract in-pod among them', async () => {
     const before = surroundings();
-    const child = start(['demo', '--family', '4']);
+    const child = start(['demo', '--contract', 'in-pod', '--family', '4']);
+    const ended = outcome(child);
+    const name = `ambient-redirect-demo-${child.pid}`;
+    await until('records', () => existsSync(join(pathsOf(name).stateDir, 'links')));
+    child.kill('SIGTERM');
+    expect((await ended).code).toBe(143);
+    await until('no process', () => !readdirSync('/proc').some((pid) => commandLine(pid).includes(name)));
+    expect(surroundings()).toEqual(before);
+  });
+
+  test.each(['shared', 'in-pod'])('SIGKILL: the next one takes away what is left (%s)', async (contract) => {
+    const before = surroundings();
+    const child = start(['demo', '--contract', contract, '--family', '4']);
     const ended = outcome(child);
     await until('state', () => existsSync(pathsOf(`ambient-redirect-demo-${child.pid}`).stateDir));
     child.kill('SIGKILL');

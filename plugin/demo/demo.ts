@@ -9,9 +9,19 @@ import { text } from 'node:stream/consumers';
 import { formatTable } from '../cli/table.ts';
 import type { Terminal } from '../cli/terminal.ts';
 import type { Counter } from '../native.ts';
+import { type DemoContract, type Mesh, NAMESPACES, startMesh } from './mesh.ts';
 import type { DemoNative } from './native-topology.ts';
-import { TransparentProxy } from './proxy.ts';
-import { DIRECT, HTTP_PORT, judge, PORTS, REDIRECTED, REQUESTS, type Scenario, tellingCount } from './scenarios.ts';
+import {
+  direct,
+  HTTP_PORT,
+  IN_POD,
+  judge,
+  PORTS,
+  REDIRECTED,
+  REQUESTS,
+  type Scenario,
+  tellingCount,
+} from './scenarios.ts';
 import {
   type Family,
   hostInterface,
@@ -29,13 +39,13 @@ import {
 import { EchoServer, requestEcho } from './traffic.ts';
 
 export interface DemoOptions {
+  contract: DemoContract;
   families: readonly Family[];
   keep: boolean;
 }
 
 const CNI_VERSION = '1.1.0';
 const NETWORK = 'demo';
-const NAMESPACES: Readonly<Record<PodName, string>> = { client: 'demo', server: 'demo', proxy: 'demo-mesh' };
 
 interface Row {
   scenario: Scenario;
@@ -59,7 +69,7 @@ export async function demo(native: DemoNative, terminal: Terminal, options: Demo
   const signals = catchSignals();
   let kept = false;
   try {
-    const run = await Run.start(native, name, options.families);
+    const run = await Run.start(native, name, options);
     const played = (async () => {
       const right = await run.show(terminal);
       if (options.keep) await run.enrolAll();
@@ -70,7 +80,7 @@ export async function demo(native: DemoNative, terminal: Terminal, options: Demo
     const code = await Promise.race([played, signals.first]).finally(() => run.close());
     if (!options.keep || code >= 128) return code;
 
-    await serveDetached(name, options.families);
+    await serveDetached(name, options);
     kept = true;
     terminal.out(lookInside(name, options.families));
     return code;
@@ -114,9 +124,13 @@ export async function removeDemo(native: DemoNative, name: string): Promise<void
 }
 
 /** The process behind `demo --keep`: servers and proxy of an existing topology until SIGTERM. */
-export async function serveDemo(native: DemoNative, name: string, families: readonly Family[]): Promise<void> {
+export async function serveDemo(
+  native: DemoNative,
+  name: string,
+  options: Pick<DemoOptions, 'contract' | 'families'>,
+): Promise<void> {
   const topology = Topology.open(native, name);
-  const servers = await startServers(native, topology, families);
+  const servers = await startServers(native, topology, options);
   writeOwner(topology.paths, true);
   process.send?.('serving');
   process.disconnect?.();
@@ -131,14 +145,18 @@ function sweep(native: DemoNative): void {
 }
 
 interface Servers {
-  proxy: TransparentProxy;
+  mesh: Mesh;
   echoes: Readonly<Partial<Record<PlaceName, EchoServer>>>;
   close(): Promise<void>;
 }
 
-async function startServers(native: DemoNative, topology: Topology, families: readonly Family[]): Promise<Servers> {
+async function startServers(
+  native: DemoNative,
+  topology: Topology,
+  { contract, families }: Pick<DemoOptions, 'contract' | 'families'>,
+): Promise<Servers> {
   const address = families.includes(6) ? '::' : '0.0.0.0';
-  const { server, outside, proxy: proxyPod } = topology.places;
+  const { server, outside } = topology.places;
   const opened: { close(): Promise<void> }[] = [];
   const close = async () => {
     for (const each of opened.splice(0)) await each.close();
@@ -150,9 +168,9 @@ async function startServers(native: DemoNative, topology: Topology, families: re
       opened.push(echo);
       echoes[place.name] = echo;
     }
-    const proxy = await TransparentProxy.start(native, { netns: proxyPod.netns, address, ports: PORTS });
-    opened.push(proxy);
-    return { proxy, echoes, close };
+    const mesh = await startMesh(native, topology, families, contract, self());
+    opened.push(mesh);
+    return { mesh, echoes, close };
   } catch (error) {
     await close();
     throw error;
@@ -162,22 +180,24 @@ async function startServers(native: DemoNative, topology: Topology, families: re
 class Run {
   readonly #native: DemoNative;
   readonly #topology: Topology;
+  readonly #contract: DemoContract;
   readonly #families: readonly Family[];
   readonly #servers: Servers;
   #open = true;
   /** the plugin, while it runs */
   #child: { kill: () => void; ended: Promise<unknown> } | undefined;
 
-  private constructor(native: DemoNative, topology: Topology, families: readonly Family[], servers: Servers) {
+  private constructor(native: DemoNative, topology: Topology, options: DemoOptions, servers: Servers) {
     this.#native = native;
     this.#topology = topology;
-    this.#families = families;
+    this.#contract = options.contract;
+    this.#families = options.families;
     this.#servers = servers;
   }
 
-  static async start(native: DemoNative, name: string, families: readonly Family[]): Promise<Run> {
-    const topology = Topology.create(native, name, families);
-    return new Run(native, topology, families, await startServers(native, topology, families));
+  static async start(native: DemoNative, name: string, options: DemoOptions): Promise<Run> {
+    const topology = Topology.create(native, name, options.families);
+    return new Run(native, topology, options, await startServers(native, topology, options));
   }
 
   async close(): Promise<void> {
@@ -190,20 +210,22 @@ class Run {
   }
 
   async show(terminal: Terminal): Promise<boolean> {
+    const inPod = this.#contract === 'in-pod';
     terminal.out(
-      'Namespaces: node, client pod, server pod, proxy pod, outside. ADD for each pod, then HTTP requests.\n\n',
+      `Namespaces: node, client pod, server pod, proxy pod, outside. ${inPod ? 'An agent, and a ztunnel that it hands the pods to. ' : ''}ADD for each pod, then HTTP requests.\n\n`,
     );
     await this.enrolAll();
-    const redirected = await this.#play(REDIRECTED);
+    const scenarios = inPod ? IN_POD : REDIRECTED;
+    const redirected = await this.#play(scenarios);
     terminal.out(report(redirected, terminal));
     terminal.out('\nDEL for each pod, then the same requests.\n\n');
     for (const pod of PODS) await this.#plugin('DEL', pod);
-    const direct = await this.#play(DIRECT);
-    terminal.out(report(direct, terminal));
+    const afterwards = await this.#play(direct(scenarios));
+    terminal.out(report(afterwards, terminal));
     const leftovers = this.#leftovers();
     for (const leftover of leftovers) terminal.out(`left behind by DEL: ${leftover}\n`);
-    const wrong = [...redirected, ...direct].filter((row) => row.wrong.length > 0).length;
-    const total = redirected.length + direct.length;
+    const wrong = [...redirected, ...afterwards].filter((row) => row.wrong.length > 0).length;
+    const total = redirected.length + afterwards.length;
     terminal.out(
       `\n${total - wrong} of ${total} rows right${leftovers.length > 0 ? ', DEL left something behind' : ''}.\n`,
     );
@@ -228,9 +250,9 @@ class Run {
     const to = this.#topology.places[scenario.to];
     const echo = this.#servers.echoes[scenario.to];
     if (echo === undefined) throw new Error(`no server in ${scenario.to}`);
-    const { proxy } = this.#servers;
-    proxy.secondLegTo = new Set(scenario.twoLegs ? [to.address[family]] : []);
-    proxy.seen.length = 0;
+    const { mesh } = this.#servers;
+    mesh.aimAt(scenario.twoLegs ? [to.address[family]] : []);
+    mesh.seen.length = 0;
     echo.sources.length = 0;
     const before = this.#counters();
 
@@ -251,14 +273,14 @@ class Run {
       to: to.address[family],
       failures,
       sources: echo.sources,
-      seen: proxy.seen,
+      seen: mesh.seen,
       counted,
     });
     return {
       scenario,
       family,
       answered: REQUESTS - failures.length,
-      seen: proxy.seen.length,
+      seen: mesh.seen.length,
       sources: [...new Set(echo.sources)],
       packets: counted.reduce((sum, { packets }) => sum + packets, 0n),
       counted: tellingCount(counted, scenario),
@@ -282,7 +304,8 @@ class Run {
 
   /** What DEL of every pod must have taken away. */
   #leftovers(): string[] {
-    const { node, proxy } = this.#topology.places;
+    const { node, client, server, proxy } = this.#topology.places;
+    const inside = this.#contract === 'in-pod' ? [client, server] : [proxy];
     const found: string[] = [];
     const state = this.#native.openState(this.#topology.paths.stateDir);
     try {
@@ -298,7 +321,7 @@ class Run {
     }
     const hooks = [
       ...PODS.map((pod) => ({ place: node, ifname: hostInterface(pod) })),
-      { place: proxy, ifname: 'eth0' },
+      ...inside.map((place) => ({ place, ifname: 'eth0' })),
     ];
     const hasTcx = this.#native.features().tcx === true;
     for (const { place, ifname } of hooks) {
@@ -316,9 +339,15 @@ class Run {
       }
     }
     // RTPROT_KERNEL is 2: the three rules that every namespace is born with.
-    for (const family of this.#families) {
-      const rules = this.#native.rules(proxy.netns, family).filter(({ protocol }) => protocol !== 2);
-      if (rules.length > 0) found.push(`${rules.length} IPv${family} routing rules in proxy`);
+    for (const place of inside) {
+      for (const family of this.#families) {
+        const rules = this.#native.rules(place.netns, family).filter(({ protocol }) => protocol !== 2);
+        if (rules.length > 0) found.push(`${rules.length} IPv${family} routing rules in ${place.name}`);
+      }
+      const link = this.#native.linkByName(place.netns, 'eth0');
+      if (link !== null && this.#native.acceptLocal(place.netns, link.ifindex)) {
+        found.push(`accept_local of eth0 in ${place.name}`);
+      }
     }
     return found;
   }
@@ -355,7 +384,7 @@ class Run {
         name: NETWORK,
         type: 'ambient-redirect',
         enrollment: 'all',
-        proxy: { contract: 'shared', match: { namespace: NAMESPACES.proxy, name: 'proxy' }, ports: PORTS },
+        proxy: { contract: this.#contract, match: { namespace: NAMESPACES.proxy, name: 'proxy' }, ports: PORTS },
         excludeNamespaces: [],
         stateDir,
         runDir,
@@ -374,11 +403,15 @@ function self(): string[] {
 }
 
 /** Starts the process that goes on serving, and waits until it does. */
-async function serveDetached(name: string, families: readonly Family[]): Promise<void> {
+async function serveDetached(name: string, { contract, families }: DemoOptions): Promise<void> {
   const [file = '', ...args] = self();
   const child = spawn(
     file,
-    [...args, 'demo', '--serve', name, '--family', families.length > 1 ? 'both' : `${families[0]}`],
+    [
+      ...args,
+      ...['demo', '--serve', name, '--contract', contract],
+      ...['--family', families.length > 1 ? 'both' : `${families[0]}`],
+    ],
     {
       detached: true,
       cwd: '/',

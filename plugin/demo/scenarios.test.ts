@@ -3,7 +3,7 @@
 
 import { describe, expect, test } from 'vitest';
 import type { Counter } from '../native.ts';
-import { DIRECT, judge, type Observation, REDIRECTED, REQUESTS, type Scenario } from './scenarios.ts';
+import { direct, IN_POD, judge, type Observation, REDIRECTED, REQUESTS, type Scenario } from './scenarios.ts';
 
 const FROM = '192.0.2.2';
 const TO = '192.0.2.3';
@@ -36,12 +36,11 @@ function right(of: Scenario): Observation {
   };
 }
 
-test.each([...REDIRECTED, ...DIRECT].map((each) => [each.direction, each] as const))(
-  '%s: as it should be',
-  (_, each) => {
-    expect(judge(each, right(each))).toEqual([]);
-  },
-);
+test.each(
+  [...REDIRECTED, ...direct(REDIRECTED), ...IN_POD, ...direct(IN_POD)].map((each) => [each.direction, each] as const),
+)('%s: as it should be', (_, each) => {
+  expect(judge(each, right(each))).toEqual([]);
+});
 
 describe('pod to pod', () => {
   const of = scenario(REDIRECTED, 'pod to pod');
@@ -112,7 +111,7 @@ test('a probe that was redirected', () => {
 });
 
 test('after DEL any packet that a program still counts is wrong', () => {
-  const of = scenario(DIRECT, 'pod to pod');
+  const of = scenario(direct(REDIRECTED), 'pod to pod');
   expect(judge(of, { ...right(of), counted: [counter('pod_egress', 'pass_not_tcp', 1)] })).toEqual([
     'the kernel counted 1 packets as pod_egress pass_not_tcp, not 0',
   ]);

@@ -74,12 +74,53 @@ export const REDIRECTED: readonly Scenario[] = [
   },
 ];
 
+/** With a ztunnel in every pod: between pods of the mesh two of them, over HBONE. */
+export const IN_POD: readonly Scenario[] = [
+  {
+    direction: 'pod to pod, HBONE',
+    from: 'client',
+    to: 'server',
+    twoLegs: false,
+    listeners: ['outbound', 'inboundHBONE'],
+    counted: [{ program: 'inpod_egress', reason: 'redirected_outbound' }],
+  },
+  {
+    direction: 'pod to outside',
+    from: 'client',
+    to: 'outside',
+    twoLegs: false,
+    listeners: ['outbound'],
+    counted: [{ program: 'inpod_egress', reason: 'redirected_outbound' }],
+  },
+  {
+    direction: 'outside to pod',
+    from: 'outside',
+    to: 'server',
+    twoLegs: false,
+    listeners: ['inboundPlaintext'],
+    counted: [{ program: 'inpod_ingress', reason: 'redirected_inbound' }],
+  },
+  {
+    direction: 'host probe to pod',
+    from: 'node',
+    to: 'server',
+    twoLegs: false,
+    listeners: [],
+    counted: [{ program: 'inpod_ingress', reason: 'pass_host_socket' }],
+  },
+];
+
 /** The same once DEL has run: no proxy, no program, no count. */
-export const DIRECT: readonly Scenario[] = REDIRECTED.filter(({ twoLegs }) => !twoLegs).map((scenario) => ({
-  ...scenario,
-  listeners: [],
-  counted: [],
-}));
+export function direct(scenarios: readonly Scenario[]): Scenario[] {
+  return scenarios
+    .filter(({ twoLegs }) => !twoLegs)
+    .map((scenario) => ({
+      ...scenario,
+      direction: scenario.direction.replace(', HBONE', ''),
+      listeners: [],
+      counted: [],
+    }));
+}
 
 /** What was observed of one row. Addresses are text; a place's own address is what others reach it at. */
 export interface Observation {

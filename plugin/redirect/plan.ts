@@ -31,8 +31,8 @@ const RT_SCOPE_LINK = 253;
 export interface HostFacts {
   /** CNI_IFNAME inside CNI_NETNS */
   pod: Link;
-  /** its peer in the namespace the plugin runs in */
-  host: Link;
+  /** its peer in the namespace the plugin runs in; null: none, which only the in-pod contract can do with */
+  host: Link | null;
   /** the bridge that `host` is a port of, or whatever other master it has; null if none */
   master: Link | null;
   netns: NetnsIdentity;
@@ -44,6 +44,9 @@ export interface HostFacts {
   shaped: boolean;
 }
 
+/** In the shared contract. */
+export type PeerFacts = HostFacts & { host: Link };
+
 export interface PlannedHook {
   program: ProgramName;
   /** the host-side veth, the interface inside the pod's netns, or that namespace itself (socket lookup) */
@@ -54,7 +57,7 @@ export interface PlannedHook {
 
 export interface AttachPlan {
   hooks: PlannedHook[];
-  /** map "interfaces" under the host-side index; null for the proxy, whose interface is not a pod's */
+  /** map "interfaces" under the interface id; null for the proxy, whose interface is not a pod's */
   interface: InterfaceRecord | null;
   /** map "endpoints" */
   addresses: Address[];
@@ -65,14 +68,13 @@ export interface AttachPlan {
 
 type Flags = Native['flags'];
 
-export function planPod(
+function podFlags(
   config: RedirectConfig,
-  facts: HostFacts,
-  resultAddresses: readonly Address[],
+  shaped: boolean,
   strict: boolean,
   bypassInbound: boolean,
   flags: Flags,
-): AttachPlan {
+): number {
   const { outbound, inboundPlaintext, inboundHBONE } = config.proxy.ports;
   const wanted: [boolean, string][] = [
     [true, 'ENROLLED'],
@@ -80,10 +82,11 @@ export function planPod(
     [config.failurePolicy === 'open', 'POLICY_OPEN'],
     [config.closedAction === 'reset', 'CLOSED_RESET'],
     [config.dnsCapture, 'DNS'],
-    [facts.shaped, 'NO_PEER'],
+    [shaped, 'NO_PEER'],
     [outbound === 0, 'NO_OUTBOUND'],
     [inboundPlaintext === 0 || bypassInbound, 'NO_PLAINTEXT'],
     [inboundHBONE === 0 || bypassInbound, 'NO_HBONE'],
+    [config.proxy.contract === 'in-pod', 'IN_POD'],
   ];
   let bits = 0;
   for (const [is, name] of wanted) {
@@ -91,6 +94,18 @@ export function planPod(
     if (bit === undefined) throw new CniError(Code.INTERNAL, `the addon knows no interface flag ${name}`);
     if (is) bits |= bit;
   }
+  return bits;
+}
+
+export function planPod(
+  config: RedirectConfig,
+  facts: PeerFacts,
+  resultAddresses: readonly Address[],
+  strict: boolean,
+  bypassInbound: boolean,
+  flags: Flags,
+): AttachPlan {
+  const bits = podFlags(config, facts.shaped, strict, bypassInbound, flags);
   return {
     hooks: [
       { program: 'pod_egress', device: 'host', ifindex: facts.host.ifindex, direction: 'ingress' },
@@ -104,6 +119,9 @@ export function planPod(
       podIfindex: facts.pod.ifindex,
       nsid: facts.nsid,
       master: facts.host.master,
+      ports: { outbound: 0, inboundPlaintext: 0, inboundHBONE: 0, dns: 0 },
+      address4: NO_ADDRESS,
+      address6: NO_ADDRESS,
     },
     addresses: podAddresses(facts, resultAddresses),
     exclusions: exclusionRules(config.exclude),
@@ -111,7 +129,54 @@ export function planPod(
   };
 }
 
-export function planProxy(facts: HostFacts): AttachPlan {
+const NO_ADDRESS = new Uint8Array(16);
+
+/** The proxy listens inside the pod's own namespace. Without a host-side peer nothing is attached outside it. */
+export function planInPod(
+  config: RedirectConfig,
+  facts: HostFacts,
+  resultAddresses: readonly Address[],
+  strict: boolean,
+  bypassInbound: boolean,
+  flags: Flags,
+): AttachPlan {
+  const { pod, host } = facts;
+  // Nothing is redirected around the host-side veth's queue.
+  const bits = podFlags(config, false, strict, bypassInbound, flags);
+  const addresses = podAddresses(facts, resultAddresses);
+  return {
+    hooks: [
+      // What names the listener comes before what needs it, and the guard after what it checks.
+      { program: 'inpod_lookup', device: 'netns', ifindex: 0, direction: 'ingress' },
+      { program: 'inpod_ingress', device: 'pod', ifindex: pod.ifindex, direction: 'ingress' },
+      { program: 'inpod_egress', device: 'pod', ifindex: pod.ifindex, direction: 'egress' },
+      ...(host === null ? [] : hostSide(host)),
+    ],
+    interface: {
+      podMac: pod.mac,
+      gatewayMac: facts.master?.kind === 'bridge' ? facts.master.mac : (host?.mac ?? '00:00:00:00:00:00'),
+      flags: bits,
+      podIfindex: pod.ifindex,
+      nsid: facts.nsid,
+      master: host?.master ?? 0,
+      ports: config.proxy.ports,
+      address4: addresses.find(isMapped) ?? NO_ADDRESS,
+      address6: addresses.find((address) => !isMapped(address)) ?? NO_ADDRESS,
+    },
+    addresses,
+    exclusions: exclusionRules(config.exclude),
+    flags: bits,
+  };
+}
+
+function hostSide({ ifindex }: Link): PlannedHook[] {
+  return [
+    { program: 'inpod_sign', device: 'host', ifindex, direction: 'egress' },
+    { program: 'inpod_guard', device: 'host', ifindex, direction: 'ingress' },
+  ];
+}
+
+export function planProxy(facts: PeerFacts): AttachPlan {
   return {
     hooks: [
       // Inside first: as soon as the proxy is listed, pods send it frames that only this program understands.
@@ -131,6 +196,10 @@ export function planProxy(facts: HostFacts): AttachPlan {
 function podAddresses(facts: HostFacts, resultAddresses: readonly Address[]): Address[] {
   const kernel = facts.addresses.filter(({ scope }) => scope < RT_SCOPE_LINK).map(({ address }) => address);
   return uniqueAddresses([...resultAddresses, ...kernel]).filter((address) => !isLinkLocal(address));
+}
+
+function isMapped(address: Address): boolean {
+  return address.subarray(0, 10).every((byte) => byte === 0) && address[10] === 0xff && address[11] === 0xff;
 }
 
 function isLinkLocal(address: Address): boolean {

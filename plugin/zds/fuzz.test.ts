@@ -94,7 +94,7 @@ test(
       workloads: () => [...pods.values()],
       workload: (uid) => pods.get(uid),
       known: Promise.resolve(),
-      events: { log: () => {}, message: () => {}, changed: () => {} },
+      events: { log: () => {}, message: () => {}, connected: () => {}, changed: () => {} },
       deadlineMs: 2_000,
       acceptsPerSecond: 1_000_000,
     });

@@ -40,6 +40,7 @@ function serve(options: Partial<ZdsServerOptions> = {}): ZdsServer {
     events: {
       log: (level, text, fields) => logged.push(`${level} ${text} ${fields?.reason ?? fields?.error ?? ''}`.trim()),
       message: (kind, result) => messages.push(`${kind} ${result}`),
+      connected: () => {},
       changed: () => {},
     },
     deadlineMs: 2_000,

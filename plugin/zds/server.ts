@@ -39,6 +39,8 @@ export interface ZdsEvents {
   /** for the log; `level` as pino has them */
   log(level: 'debug' | 'info' | 'warn' | 'error', text: string, fields?: Record<string, unknown>): void;
   message(kind: ZdsRequest['kind'], result: ZdsResult, seconds: number): void;
+  /** before the connection is told of anything */
+  connected(peer: { pid: number; uid: number; gid: number }): void;
   /** connections came or went, or a snapshot is complete */
   changed(): void;
 }
@@ -285,6 +287,7 @@ export class ZdsServer {
       return;
     }
     this.#log('info', 'ztunnel connected', { pid, connections: this.#peers.length });
+    options.events.connected(peer.credentials);
     this.#changed();
   }
 
