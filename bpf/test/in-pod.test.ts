@@ -112,7 +112,6 @@ function enrol({ flags = ['STRICT'], ports = {}, id = ID }: Enrolment = {}): voi
   for (const family of families) {
     native.putEndpoint(state, mapped(its[family].pod), { ifindex: id, flags: bits, podMac: POD_MAC }, false);
   }
-  native.putDirectFlows(state, id, 1024, false);
 }
 
 beforeEach(() => {

@@ -414,7 +414,13 @@ export class Datapath {
   readonly seen: Set<string>;
 
   /** `variant`: VARIANT_* names of redirect.h without the prefix. `label` tells two of the same variant apart. */
-  constructor(node: Node, seen: Set<string>, variant: readonly string[] = [], label = 'run') {
+  constructor(
+    node: Node,
+    seen: Set<string>,
+    variant: readonly string[] = [],
+    label = 'run',
+    directFlowsPerPod = DIRECT_FLOWS,
+  ) {
     const { native } = node;
     this.node = node;
     this.seen = seen;
@@ -425,7 +431,7 @@ export class Datapath {
     native.createState(this.directory, {
       maxPods: 16,
       maxFlows: 4096,
-      directFlowsPerPod: DIRECT_FLOWS,
+      directFlowsPerPod,
       marks: MARKS,
       variant: variantBits,
     });
@@ -440,7 +446,6 @@ export class Datapath {
     this.enrolOther();
     this.proxies([this.old()]);
     for (const ifindex of [this.node.ifindex.pod, this.node.ifindex.otherPod]) {
-      this.node.native.putDirectFlows(this.state, ifindex, DIRECT_FLOWS, false);
       this.node.native.deleteExclusions(this.state, ifindex);
     }
   }
