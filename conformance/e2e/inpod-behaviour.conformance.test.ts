@@ -387,6 +387,7 @@ describe('status', () => {
   let mesh: InPodMesh;
   const problems = async (pod: string) => {
     const outcome = await mesh.command('status', '-o', 'json');
+    if (outcome.stdout === "") throw new Error(outcome.stderr);
     const document = JSON.parse(outcome.stdout) as { problems: { severity: string; object: string; text: string }[] };
     return document.problems.filter(({ object }) => object === pod || object === 'in-pod contract');
   };
