@@ -543,7 +543,8 @@ describe.each(hooks)('a macvlan interface, without a host-side peer, %s', (hook)
         env: { ...topology.environment(verb, pod), ...more },
         input: JSON.stringify(topology.entry(pod)),
       });
-    expect(await run('CHECK')).toMatchObject({ status: 0 });
+    const checked = await run('CHECK');
+    expect(checked, checked.stdout).toMatchObject({ status: 0 });
     expect(await run('DEL', { CNI_NETNS: '' })).toMatchObject({ status: 0 });
     const after = JSON.parse(
       must(['bpftool', '-j', 'map', 'dump', 'pinned', join(topology.stateDir, 'interfaces')]),
