@@ -130,7 +130,7 @@ function missingExclusions(
 ): Finding[] {
   const id = ({ kind, value, length, excluded }: ExclusionRule) => `${kind} ${hex(value)}/${length} ${excluded}`;
   const wanted = exclusionRules(exclude).map(id);
-  const present = new Set(native.getExclusions(state, record.hostIfindex).map(id));
+  const present = new Set(native.getExclusions(state, record.interfaceId).map(id));
   const missing = wanted.filter((rule) => !present.has(rule));
   if (missing.length === 0) return [];
   const object = `exclusions of ${record.hostIfname}`;
