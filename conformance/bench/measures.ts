@@ -2,7 +2,7 @@
 // What is compared with what, and by which numbers.
 
 import type { Run } from './run.ts';
-import { pairedRatio, type Ratio, type Summary, summary } from './statistics.ts';
+import { FEWEST_PAIRS, pairedRatio, type Ratio, type Summary, summary } from './statistics.ts';
 
 export interface Measure {
   title: string;
@@ -103,5 +103,58 @@ export function summarize(runs: readonly Run[], cell: string, modes: readonly st
       names.map((name) => [name, summary(valid.map((run) => run.metrics[name] ?? Number.NaN).filter(Number.isFinite))]),
     );
     return [{ mode, valid: valid.length, invalid: all.length - valid.length, metrics }];
+  });
+}
+
+export interface Aim {
+  text: string;
+  subject: string;
+  baseline: string;
+  /** Title of a measure. */
+  measure: string;
+  /** What the ratio is to be: at least, or at most. */
+  least?: number;
+  most?: number;
+}
+
+const aim = (text: string, subject: string, baseline: string, measure: string, bound: Pick<Aim, 'least' | 'most'>) => ({
+  text,
+  subject,
+  baseline,
+  measure,
+  ...bound,
+});
+
+/** What the project sets out to reach. */
+export const AIMS: readonly Aim[] = [
+  ...['requests/s, wrk', 'requests/s, fortio -qps 0'].flatMap((measure) => [
+    aim('against iptables in-pod', 'in-pod', 'iptables-in-pod', measure, { least: 1.3 }),
+    aim('against iptables with a tunnel for openings', 'tcx', 'iptables-vxlan', measure, { least: 1.4 }),
+    aim('against iptables with a tunnel for all packets', 'tcx', 'iptables-vxlan-all', measure, { least: 1.4 }),
+    aim('against the proxy reached directly', 'tcx', 'fixed', measure, { least: 0.97 }),
+  ]),
+  ...['CPU per request, wrk', 'CPU per request, fortio -qps 8000', 'p99, fortio -qps 8000'].flatMap((measure) => [
+    aim('not above iptables', 'tcx', 'iptables', measure, { most: 1 }),
+    aim('not above iptables in-pod', 'in-pod', 'iptables-in-pod', measure, { most: 1 }),
+  ]),
+];
+
+export type Reached = 'reached' | 'missed' | 'not decided' | 'too few pairs';
+
+/** Decided only where the whole interval is on one side of the bound. */
+export function reached({ low, high, pairs }: Ratio, { least, most }: Pick<Aim, 'least' | 'most'>): Reached {
+  if (pairs < FEWEST_PAIRS) return 'too few pairs';
+  if (least !== undefined) return low >= least ? 'reached' : high < least ? 'missed' : 'not decided';
+  const bound = most ?? Number.NaN;
+  return high <= bound ? 'reached' : low > bound ? 'missed' : 'not decided';
+}
+
+/** Each aim whose modes were measured, with its ratio. */
+export function aims(runs: readonly Run[]): { aim: Aim; ratio: Ratio }[] {
+  return AIMS.flatMap((one) => {
+    const measure = MEASURES.find(({ title }) => title === one.measure);
+    if (measure === undefined) throw new Error(`no measure "${one.measure}"`);
+    const pairs = pairsOf(runs, measure, one.subject, one.baseline);
+    return pairs.length === 0 ? [] : [{ aim: one, ratio: pairedRatio(pairs) }];
   });
 }

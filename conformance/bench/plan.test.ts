@@ -3,7 +3,7 @@ import { appendFileSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { Testbed } from '../netns.ts';
-import { COMPARISONS, compare, MEASURES, pairsOf } from './measures.ts';
+import { AIMS, COMPARISONS, compare, MEASURES, pairsOf, reached } from './measures.ts';
 import { cells, PROFILES, stepKey, steps } from './plan.ts';
 import { svg } from './plots.ts';
 import { Progress } from './progress.ts';
@@ -66,9 +66,26 @@ test('without fortio, wrk takes its place', () => {
   expect(names.filter((name) => name.startsWith('fortio'))).toEqual([]);
 });
 
-test('comparisons name modes that there are', () => {
+test('comparisons and aims name modes and measures that there are', () => {
   const names = MODES.map(({ name }) => name);
   for (const name of COMPARISONS.flat()) expect(names).toContain(name);
+  for (const { subject, baseline, measure } of AIMS) {
+    expect(names).toEqual(expect.arrayContaining([subject, baseline]));
+    expect(MEASURES.map(({ title }) => title)).toContain(measure);
+  }
+});
+
+test('an aim is decided where the whole interval is on one side of it', () => {
+  const ratio = (low: number, high: number, pairs = 6) => ({ ratio: (low + high) / 2, low, high, pairs });
+  const of = (low: number, high: number, bound: { least?: number; most?: number }, pairs?: number) =>
+    reached({ ...ratio(low, high, pairs), verdict: 'higher' }, bound);
+  expect(of(1.3, 1.5, { least: 1.3 })).toBe('reached');
+  expect(of(1.1, 1.2, { least: 1.3 })).toBe('missed');
+  expect(of(1.2, 1.5, { least: 1.3 })).toBe('not decided');
+  expect(of(0.8, 1, { most: 1 })).toBe('reached');
+  expect(of(1.01, 1.2, { most: 1 })).toBe('missed');
+  expect(of(0.9, 1.2, { most: 1 })).toBe('not decided');
+  expect(of(1.4, 1.5, { least: 1.3 }, 5)).toBe('too few pairs');
 });
 
 /** `qps` of each mode, with everything else the same. */

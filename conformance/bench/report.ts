@@ -3,7 +3,7 @@
 
 import { ADD_CURVES, type AddCosts, type AddRow } from './add.ts';
 import type { Machine } from './machine.ts';
-import { compare, type Measure, type ModeSummary, summarize } from './measures.ts';
+import { type Aim, aims, compare, type Measure, type ModeSummary, reached, summarize } from './measures.ts';
 import { PROFILES, type ProfileName } from './plan.ts';
 import type { Plot, Point } from './plots.ts';
 import { FORTIO_VERSION } from './programs.ts';
@@ -18,7 +18,7 @@ export interface Result {
   only?: string;
   seed: number;
   begun: string;
-  /** Seconds; of all parts of a resumed one together. */
+  /** Seconds from its beginning to its end; breaks of a resumed one are in it. */
   took: number;
   machine: Machine;
   /** Name of each cell, and its title. */
@@ -102,6 +102,36 @@ function comparisonTable(runs: readonly Run[]): string {
   return table(['', 'against', 'measure', 'ratio', 'pairs', ''], rows);
 }
 
+/** ADD's aims: ratios to bare Node's start. */
+const ADD_AIMS = [{ command: 'ADD, clsact', most: 1.4 }];
+
+function aimTable({ runs, add }: Result): string[] {
+  const bound = ({ least, most }: Pick<Aim, 'least' | 'most'>) =>
+    least === undefined ? `at most ${most}` : `at least ${least}`;
+  const rows = aims(runs).map(({ aim, ratio }) => [
+    `${aim.measure}, ${title(aim.subject)}, ${aim.text}`,
+    bound(aim),
+    interval(ratio),
+    reached(ratio, aim),
+  ]);
+  for (const { attachments, command, ratio } of add?.rows ?? []) {
+    const aim = ADD_AIMS.find((one) => one.command === command);
+    if (aim === undefined || ratio === undefined) continue;
+    rows.push([
+      `${command}, to bare Node’s start, beside ${attachments} idle attachments`,
+      bound(aim),
+      interval(ratio),
+      reached(ratio, aim),
+    ]);
+  }
+  if (rows.length === 0) return [];
+  return [
+    '## Aims',
+    'Of the project for a machine of this kind, as ratios of pairs. Reached or missed only where the whole interval is on one side.',
+    table(['', 'aim', 'ratio', ''], rows),
+  ];
+}
+
 function words(measure: Measure, verdict: string): string {
   if (verdict !== 'better' && verdict !== 'worse') return verdict;
   const cpu = measure.metric === 'cpu';
@@ -136,7 +166,7 @@ export function addReport(costs: AddCosts): string {
   ]);
   return `${[
     '## A pod’s start',
-    `Whole processes, ${costs.rounds} rounds in shuffled order. Ratio: to bare Node 24 (\`-e 0\`) in the same round.`,
+    `Whole processes, ${costs.rounds} rounds in shuffled order. Ratio: to bare Node 24 (\`-e 0\`) in the same round. Peak RSS below 14 MiB cannot be seen: it is that of the process that starts and measures.`,
     table(header, costs.rows.map(addRow)),
     'Twenty at once, until the last has answered:',
     table(
@@ -198,6 +228,7 @@ export function report(result: Result): string {
     `Profile \`${result.profile}\`${result.only ? ` (only ${result.only})` : ''}, ${profile.rounds} rounds, ${runs.length} runs in ${duration(result.took)}, begun ${result.begun}, order from seed ${result.seed}.`,
     `${machine.cpus} × ${machine.cpu} (${machine.virtual}), ${machine.memoryGiB} GiB, Linux ${machine.kernel}, load average before: ${machine.load.toFixed(2)}. ${versions.join(', ')}.`,
   ];
+  parts.push(...aimTable(result));
   if (runs.length > 0) {
     parts.push(
       '## Ratios',
@@ -245,13 +276,14 @@ function curve(runs: readonly Run[], pattern: RegExp, metric: string): Point[] {
 
 export function plots({ runs, add }: Result): Plot[] {
   const xTitle = 'connections';
+  const load = runs.some(({ cell }) => cell.startsWith('fortio')) ? 'fortio -qps 0' : 'wrk';
   const all: Plot[] = [
     {
       name: 'qps',
-      title: 'Requests/s against connections (fortio -qps 0)',
+      title: `Requests/s against connections (${load})`,
       xTitle,
       yTitle: 'requests/s',
-      points: curve(runs, /^fortio-max-(\d+)-v4$/, 'qps'),
+      points: curve(runs, load === 'wrk' ? /^wrk-(\d+)-v4$/ : /^fortio-max-(\d+)-v4$/, 'qps'),
     },
     ...(['p50', 'p99'] as const).flatMap((metric) => [
       {

@@ -4,12 +4,12 @@
 
 import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { type AddCosts, benchAdd } from './add.ts';
+import { benchAdd } from './add.ts';
 import { type Machine, machine } from './machine.ts';
 import { cells, PROFILES, type Profile, type ProfileName, steps } from './plan.ts';
 import { svg } from './plots.ts';
 import { FORTIO_VERSION, fortio, peer } from './programs.ts';
-import { measurePrograms, type ProgramCosts } from './programs-cost.ts';
+import { measurePrograms } from './programs-cost.ts';
 import { Progress } from './progress.ts';
 import { benchmarks, plots, type Result, report } from './report.ts';
 import { readRuns, runSteps } from './run.ts';
@@ -107,38 +107,38 @@ export async function benchTraffic(options: BenchOptions): Promise<Finished> {
   );
   process.stderr.write(`${order.length} runs, results in ${directory}\n`);
   const note = (text: string) => progress.note(text);
-  let programCosts: ProgramCosts | undefined;
-  let addCosts: AddCosts | undefined;
-  try {
-    await runSteps(order, programs, directory, progress);
-    if (wants('programs')) {
-      programCosts = await part(directory, 'programs', () =>
-        measurePrograms(programs, { ...profile, rounds: profile.programRounds, note }),
-      );
-    }
-    if (wants('add')) {
-      addCosts = await part(directory, 'add', () =>
-        benchAdd(programs, { ...profile, rounds: profile.addRounds, seconds: profile.seconds / 2, note }),
-      );
-    }
-  } finally {
-    progress.close();
-  }
-  const runs = readRuns(directory);
   const result: Result = {
     profile: plan.profile,
     ...(plan.only !== undefined && { only: plan.only }),
     seed: plan.seed,
     begun: plan.begun,
-    took: (Date.now() - Date.parse(plan.begun)) / 1000,
+    took: 0,
     machine: plan.machine,
     cells: all.map(({ name, load }) => ({ name, title: load.title })),
-    runs,
-    ...(programCosts && { programs: programCosts }),
-    ...(addCosts && { add: addCosts }),
+    runs: [],
   };
+  try {
+    await runSteps(order, programs, directory, progress);
+    if (wants('programs')) {
+      result.programs = await part(directory, 'programs', () =>
+        measurePrograms(programs, { ...profile, rounds: profile.programRounds, note }),
+      );
+    }
+    if (wants('add')) {
+      result.add = await part(directory, 'add', () =>
+        benchAdd(programs, { ...profile, rounds: profile.addRounds, seconds: profile.seconds / 2, note }),
+      );
+    }
+  } catch (error) {
+    const why = error instanceof Error ? error.message : String(error);
+    throw new Error(`${why}\nwhat was measured so far is in ${directory}; --resume goes on with it`, { cause: error });
+  } finally {
+    progress.close();
+    result.runs = readRuns(directory);
+    result.took = (Date.now() - Date.parse(plan.begun)) / 1000;
+    writeFileSync(join(directory, 'tables.md'), report(result));
+  }
   writeFileSync(resultFile(directory), JSON.stringify(result, null, 1));
-  writeFileSync(join(directory, 'tables.md'), report(result));
   for (const plot of plots(result)) writeFileSync(join(directory, `${plot.name}.svg`), await svg(plot));
   return { directory, result };
 }

@@ -19,7 +19,12 @@ import { type Listener, type ProxyKind, type RunningProxy, startProxy } from './
 export const PORTS = { http: 8080, echo: 8081, fortio: 8082, iperf: 5201 } as const;
 /** A proxy with fixed destinations listens on a server's port plus this. */
 const FIXED = 10_000;
-const PROXY_PORTS = '20000 32767';
+/**
+ * connect(2) takes every second port until those are used up, and is slow after that: twice as many as connections, and
+ * twice that where a proxy is beside the client.
+ */
+const PROXY_PORTS = '1024 21000';
+const CLIENT_PORTS = '21001 65535';
 
 /** How a mode is wired. The expectation is written apart from it: `judge` compares what was wired with what was wanted. */
 export interface Wiring {
@@ -155,9 +160,10 @@ export class World {
     // kernel's unrestricted ones only, and cubic need not be one.
     for (const pod of pods) pod.netns.run(['sysctl', '-qw', 'net.ipv4.tcp_congestion_control=reno']);
     // A proxy that keeps the client's address picks a port for it. Were it the client's own port, conntrack would take two
-    // connections for one, and netfilter modes would lose a few of thousands: the proxies' ports are others than the
-    // client's (32768 and up), in every mode.
-    for (const pod of pods.slice(1)) pod.netns.run(['sysctl', '-qw', `net.ipv4.ip_local_port_range=${PROXY_PORTS}`]);
+    // connections for one, and netfilter modes would lose a few of thousands: other ports than the client's, in every mode.
+    for (const pod of pods) {
+      pod.netns.run(['sysctl', '-qw', `net.ipv4.ip_local_port_range=${pod === client ? CLIENT_PORTS : PROXY_PORTS}`]);
+    }
     if (wiring.rules) {
       if (this.proxy) sharedRules(topology, this.proxy, [client, server], wiring.tunnel ?? 'none');
       else for (const pod of [client, server]) inPodRules(pod);
