@@ -57,21 +57,15 @@ static __always_inline int not_wanted(const struct packet *p, const struct inter
 	return self->flags & (p->tuple.destination_port == 15008 ? INTERFACE_NO_HBONE : INTERFACE_NO_PLAINTEXT);
 }
 
-/* Reason for which a new connection goes direct, which is remembered; 0: it is for the proxy. */
+/* Reason for which a new connection goes direct, for pass_direct(); 0: it is for the proxy. */
 static __always_inline __u32 goes_direct(const struct run *r, const struct packet *p, const struct interface *self,
 					 const struct tuple *from_pod, enum side side)
 {
-	__u32 reason;
-
 	if (self->flags & INTERFACE_DRAINING)
-		reason = REASON_PASS_DRAINING;
-	else if (not_wanted(p, self, side))
-		reason = REASON_PASS_NOT_WANTED;
-	else
-		reason = excluded(r, from_pod, side);
-	if (reason)
-		remember_direct(r->ifindex, from_pod);
-	return reason;
+		return REASON_PASS_DRAINING;
+	if (not_wanted(p, self, side))
+		return REASON_PASS_NOT_WANTED;
+	return excluded(r, from_pod, side);
 }
 
 /* The frame is a RST now: counted, and on its way back to where the refused segment came from. */
@@ -105,8 +99,7 @@ static __always_inline int by_policy(const struct run *r, const struct interface
 	int refused;
 
 	if (self->flags & INTERFACE_POLICY_OPEN) {
-		remember_direct(r->ifindex, from_pod);
-		return pass(r, REASON_PASS_FAILURE_POLICY_OPEN);
+		return pass_direct(r, from_pod, REASON_PASS_FAILURE_POLICY_OPEN);
 	}
 	/* A RST is never answered. */
 	if (!(self->flags & INTERFACE_CLOSED_RESET) || r->p->flags & TCP_RST)

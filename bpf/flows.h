@@ -8,32 +8,37 @@
 
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
+#include "direct.h"
 #include "maps.h"
 #include "verdict.h"
 
 /* Where a packet came from, for the choice of the listener and of the sign. */
 enum side { OUTBOUND, INBOUND, DNS };
 
-static __always_inline void *direct_table(__u32 ifindex)
+static __always_inline int remember_direct(__u32 ifindex, const struct tuple *from_pod)
 {
-	return bpf_map_lookup_elem(&direct, &ifindex);
+	return direct_flow(ifindex, from_pod, DIRECT_REMEMBER);
+}
+
+/*
+ * What is let go direct on purpose must stay so, and later packets of it have nothing else to show. Where it cannot be
+ * remembered it is dropped: a SYN comes again.
+ */
+static __always_inline int pass_direct(const struct run *r, const struct tuple *from_pod, enum reason reason)
+{
+	if (!remember_direct(r->ifindex, from_pod))
+		return drop(r, REASON_DROP_REDIRECT_FAILED);
+	return pass(r, reason);
 }
 
 static __always_inline int is_direct(__u32 ifindex, const struct tuple *from_pod)
 {
-	void *table = direct_table(ifindex);
-
-	return table && bpf_map_lookup_elem(table, from_pod);
+	return direct_flow(ifindex, from_pod, DIRECT_FIND);
 }
 
-/* What was let go direct on purpose must stay so: later packets of it have nothing else to show. */
-static __always_inline void remember_direct(__u32 ifindex, const struct tuple *from_pod)
+static __always_inline void forget_direct(__u32 ifindex, const struct tuple *from_pod)
 {
-	void *table = direct_table(ifindex);
-	__u64 now = bpf_ktime_get_ns();
-
-	if (table)
-		bpf_map_update_elem(table, from_pod, &now, BPF_ANY);
+	direct_flow(ifindex, from_pod, DIRECT_FORGET);
 }
 
 static __always_inline void remember_flow(const struct tuple *from_proxy, __u32 ifindex, __u32 kind)
@@ -41,14 +46,6 @@ static __always_inline void remember_flow(const struct tuple *from_proxy, __u32 
 	struct flow f = { .ifindex = ifindex, .kind = kind };
 
 	bpf_map_update_elem(&flows, from_proxy, &f, BPF_ANY);
-}
-
-static __always_inline void forget_direct(__u32 ifindex, const struct tuple *from_pod)
-{
-	void *table = direct_table(ifindex);
-
-	if (table)
-		bpf_map_delete_elem(table, from_pod);
 }
 
 /* ---- exclusions -------------------------------------------------------------------------------------------------- */

@@ -377,7 +377,7 @@ static __always_inline int inpod_outbound(const struct run *r, struct packet *p,
 			return drop(r, REASON_DROP_SPOOFED_SOURCE);
 		reason = goes_direct(r, p, self, &p->tuple, side);
 		if (reason)
-			return pass(r, reason);
+			return pass_direct(r, &p->tuple, reason);
 		if (!proxy_listens(skb, p, port))
 			return by_policy(r, self, &p->tuple);
 		forget_direct(r->ifindex, &p->tuple);
@@ -536,7 +536,7 @@ static __always_inline int inpod_inbound(const struct run *r, struct packet *p, 
 	if (is_syn(p)) {
 		reason = goes_direct(r, p, self, &from_pod, INBOUND);
 		if (reason)
-			return pass(r, reason);
+			return pass_direct(r, &from_pod, reason);
 		if (!proxy_listens(skb, p, hbone ? self->inbound_hbone : self->inbound_plaintext))
 			return by_policy(r, self, &from_pod);
 		forget_direct(r->ifindex, &from_pod);

@@ -40,19 +40,12 @@ struct {
 	__type(value, struct flow);
 } flows SEC(".maps");
 
-struct direct_flows {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 1024);
-	__type(key, struct tuple);
-	__type(value, __u64);
-};
-
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH_OF_MAPS);
+	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 4096);
-	__type(key, __u32);
-	__array(values, struct direct_flows);
+	__uint(max_entries, 4096 * 128);
+	__type(key, struct direct_key);
+	__type(value, struct direct_set);
 } direct SEC(".maps");
 
 struct exclusion_rules {
@@ -156,12 +149,15 @@ const volatile __u32 mark_bypass = 0xa3b10001;
 const volatile __u32 mark_to_proxy = 0xa3b10002;
 const volatile __u32 mark_tproxy = 0xa3b10400;
 const volatile __u8 sign[8] = { 2, 0, 0, 0, 0 };
+const volatile __u32 direct_seed[2] = { 0, 0 };
+const volatile __u32 direct_sets = 128; /* of each pod */
 const volatile __u8 use_redirect_peer = 1;
 const volatile __u8 use_check_mtu = 1;
 const volatile __u8 use_check_syncookie = 1;
 const volatile __u8 use_sk_assign = 1;
 const volatile __u8 use_sk_lookup = 1;
 const volatile __u8 use_ringbuf = 1;
+const volatile __u8 use_spin_lock = 1;
 const volatile __u8 full_sockets_only = 0;
 
 #endif

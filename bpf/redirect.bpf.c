@@ -266,11 +266,12 @@ static __always_inline int new_connection(const struct run *r, struct packet *p,
 
 	reason = goes_direct(r, p, self, from_pod, side);
 	if (reason)
-		return pass(r, reason);
+		return pass_direct(r, from_pod, reason);
+	/* Whatever flow had this tuple is over. */
+	forget_direct(r->ifindex, from_pod);
 	z = all ? listening_proxy(skb, p, all, side) : 0;
 	if (!z)
 		return by_policy(r, self, from_pod);
-	forget_direct(r->ifindex, from_pod);
 	remember_flow(from_proxy, r->ifindex, side == INBOUND ? FLOW_INBOUND : FLOW_OUTBOUND);
 	if (side == INBOUND)
 		return to_proxy(r, z, REASON_REDIRECTED_INBOUND, SIGN_INBOUND);
@@ -625,8 +626,12 @@ int proxy_egress(struct __sk_buff *skb)
 			return deliver(&r, to, REASON_FROM_PROXY_LOCAL);
 	}
 	from = bpf_map_lookup_elem(&endpoints, p.tuple.source);
-	if (from)
+	if (from) {
+		/* Should the proxy die silently, whoever answers gets a RST of the one that listens then. */
+		if (is_syn(&p))
+			remember_flow(&p.tuple, from->ifindex, FLOW_UPSTREAM);
 		return reinject(&r, from->ifindex);
+	}
 	/* An inbound flow to an address that only the pod knows of. */
 	if (f && f->kind == FLOW_INBOUND)
 		return reinject(&r, f->ifindex);
@@ -723,6 +728,24 @@ int proxy_ingress(struct __sk_buff *skb)
 	if (failed)
 		return drop(&r, REASON_DROP_REDIRECT_FAILED);
 	return pass(&r, REASON_PROXY_ASSIGNED);
+}
+
+/*
+ * Not attached anywhere: a test run of it puts a connection that is older than its pod's enrolment into "direct", the way
+ * every other writer does. 1: it is there now; 0: it has been redirected since; 2: no memory.
+ */
+SEC("classifier")
+int direct_import(struct __sk_buff *skb)
+{
+	struct direct_import wanted;
+	struct tuple from_proxy;
+
+	if (bpf_skb_load_bytes(skb, 0, &wanted, sizeof(wanted)))
+		return 2;
+	from_proxy = reversed(&wanted.tuple);
+	if (bpf_map_lookup_elem(&flows, &wanted.tuple) || bpf_map_lookup_elem(&flows, &from_proxy))
+		return 0;
+	return remember_direct(wanted.ifindex, &wanted.tuple) ? 1 : 2;
 }
 
 /* Names the listener for a packet that proxy_ingress could not assign it to. */

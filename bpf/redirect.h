@@ -10,6 +10,7 @@
 #ifndef AMBIENT_REDIRECT_H
 #define AMBIENT_REDIRECT_H
 
+#include <linux/bpf.h>
 #include <linux/types.h>
 
 #define LAYOUT_VERSION 3
@@ -185,6 +186,7 @@ struct settings {
 	__u8 sign[5];       /* first five bytes of the source MAC that carries our signal over a veth: 02 and 32 random bits */
 	__u8 pad[3];
 	__u8 boot_id[16];
+	__u32 direct_seed[2]; /* random: which set of "direct" a tuple falls into is nobody else's choice */
 	__u32 check_cgroups; /* not 0: PROXY_MARK counts only on sockets of the cgroups in "proxy_cgroups" */
 	__u32 pad0;
 };
@@ -221,7 +223,7 @@ struct tuple {
 	__u8 destination[16];
 	__u16 source_port;
 	__u16 destination_port;
-};
+} __attribute__((aligned(4)));
 
 /* map "flows", LRU hash: tuple as the proxy sends it -> */
 struct flow {
@@ -230,9 +232,32 @@ struct flow {
 };
 #define FLOW_OUTBOUND 1 /* a pod's SYN was taken: replies go straight into that pod */
 #define FLOW_INBOUND 2  /* a SYN towards a pod was taken: replies go back through the node's stack */
-#define FLOW_UPSTREAM 3 /* the proxy's own SYN to a local pod: the flow goes straight into that pod */
+#define FLOW_UPSTREAM 3 /* the proxy's own SYN: to a local pod, into which the flow goes straight; or in a pod's name to outside */
 
-/* map "direct", hash of maps: interface id -> LRU hash of struct tuple -> __u64 bpf_ktime_get_ns of the SYN */
+/*
+ * map "direct", hash without preallocation: flows that were let go direct on purpose. A pod has settings.direct_flows /
+ * DIRECT_WAYS sets of its own, so that no other pod's flows can take the place of its flows; an element is made when the
+ * first flow falls into its set, and within a set the flow that was not used for longest gives way.
+ */
+struct direct_key {
+	__u32 ifindex; /* the interface id */
+	__u32 set;
+};
+#define DIRECT_WAYS 8
+/* What a test run of the program direct_import is given, as if it were a packet; source is the pod's end. */
+struct direct_import {
+	__u8 ethernet[14];
+	__u8 pad[2];
+	__u32 ifindex;
+	struct tuple tuple;
+};
+struct direct_set {
+	struct bpf_spin_lock lock;  /* of those who write; whoever reads goes by check, see bpf/direct.h */
+	__u32 clock;                /* flows that were put into the set so far */
+	__u32 check[DIRECT_WAYS];   /* another hash of the tuple; 0: the way is free */
+	__u32 used[DIRECT_WAYS];    /* clock when the flow was last seen */
+	struct tuple tuple[DIRECT_WAYS];
+};
 
 /*
  * map "exclusions", hash of maps: interface id -> LPM trie of this key -> __u32 reason. One trie for each pod, made

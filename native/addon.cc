@@ -486,23 +486,42 @@ Napi::Value putProxies(const Info &info) {
   return info.Env().Undefined();
 }
 
-Napi::Value putDirectFlows(const Info &info) {
+Napi::Value directFlows(const Info &info) {
   State &state = to_state(info);
-  uint32_t id = to_interface_id(info[1]);
-  auto entries = static_cast<uint32_t>(to_integer(info[2], "entries", 1, UINT32_MAX));
-  put_direct_flows(state, id, entries, to_boolean(info[3], "replace"));
-  return info.Env().Undefined();
+  uint32_t ifindex = to_interface_id(info[1]);
+  return array_of(info.Env(), direct_flows(state, ifindex), [&](const struct tuple &flow) {
+    Napi::Object object = Napi::Object::New(info.Env());
+    object.Set("source", bytes_object(info.Env(), flow.source, sizeof(flow.source)));
+    object.Set("sourcePort", flow.source_port);
+    object.Set("destination", bytes_object(info.Env(), flow.destination, sizeof(flow.destination)));
+    object.Set("destinationPort", flow.destination_port);
+    return object;
+  });
 }
 
 Napi::Value deleteDirectFlows(const Info &info) {
   State &state = to_state(info);
-  uint32_t id = to_interface_id(info[1]);
-  return boolean(info, delete_inner(state, DIRECT, id));
+  uint32_t ifindex = to_interface_id(info[1]);
+  return Napi::Number::New(info.Env(), delete_direct_flows(state, ifindex));
+}
+
+Napi::Value importDirectFlow(const Info &info) {
+  int program = to_fd(info[0], "programFd");
+  uint32_t ifindex = to_interface_id(info[1]);
+  Fields fields(info[2], "flow");
+  struct tuple flow = {};
+  fields.bytes("source", flow.source, sizeof(flow.source));
+  fields.bytes("destination", flow.destination, sizeof(flow.destination));
+  flow.source_port = static_cast<uint16_t>(fields.integer("sourcePort", 0, UINT16_MAX));
+  flow.destination_port = static_cast<uint16_t>(fields.integer("destinationPort", 0, UINT16_MAX));
+  Import result = import_direct_flow(program, ifindex, flow);
+  if (result == Import::no_memory) throw KernelError(ENOMEM, "bpf(BPF_PROG_TEST_RUN)", "direct_import");
+  return boolean(info, result == Import::done);
 }
 
 Napi::Value listDirectFlows(const Info &info) {
-  return array_of(info.Env(), keys(to_state(info), DIRECT),
-                  [&](const std::string &key) { return number_key(info.Env(), key); });
+  return array_of(info.Env(), interfaces_with_direct_flows(to_state(info)),
+                  [&](uint32_t ifindex) { return Napi::Number::New(info.Env(), ifindex); });
 }
 
 Napi::Value putExclusions(const Info &info) {
@@ -518,8 +537,8 @@ Napi::Value putExclusions(const Info &info) {
 
 Napi::Value deleteExclusions(const Info &info) {
   State &state = to_state(info);
-  uint32_t id = to_interface_id(info[1]);
-  return boolean(info, delete_inner(state, EXCLUSIONS, id));
+  uint32_t ifindex = to_interface_id(info[1]);
+  return boolean(info, delete_exclusions(state, ifindex));
 }
 
 Napi::Value getExclusions(const Info &info) {
@@ -1105,7 +1124,8 @@ const Export FUNCTIONS[] = {
     EXPORT(listEndpoints),
     EXPORT(getProxies),
     EXPORT(putProxies),
-    EXPORT(putDirectFlows),
+    EXPORT(directFlows),
+    EXPORT(importDirectFlow),
     EXPORT(deleteDirectFlows),
     EXPORT(listDirectFlows),
     EXPORT(putExclusions),

@@ -108,17 +108,17 @@ const tcx = {
   },
 };
 
-const direct = {
+const exclusions = {
   attach(ifindex: number): void {
     const opened = native.openState(state.dir);
-    native.putDirectFlows(opened, ifindex, 64, true);
-    expect(native.listDirectFlows(opened)).toEqual([ifindex]);
+    native.putExclusions(opened, ifindex, []);
+    expect(native.listExclusions(opened)).toEqual([ifindex]);
     native.closeState(opened);
   },
   detach(ifindex: number): void {
     const opened = native.openState(state.dir);
-    expect(native.deleteDirectFlows(opened, ifindex)).toBe(true);
-    expect(native.listDirectFlows(opened)).toEqual([]);
+    expect(native.deleteExclusions(opened, ifindex)).toBe(true);
+    expect(native.listExclusions(opened)).toEqual([]);
     native.closeState(opened);
   },
 };
@@ -139,14 +139,14 @@ let idle = 0;
 const pins = () => readdirSync(state.dir, { recursive: true }).sort();
 const innerMaps = () =>
   (JSON.parse(must(['bpftool', '-j', 'map', 'show'])) as { name?: string }[]).filter(
-    ({ name }) => name === 'direct_flows',
+    ({ name }) => name === 'exclusion_rules',
   );
 
 describe('without growth', () => {
   test.each([
     { hooks: 'clsact', times: LONG ? 2_001 : 402, rounds: clsact },
     { hooks: 'TCX', times: LONG ? 300 : 21, rounds: tcx },
-    { hooks: 'direct flows', times: LONG ? 300 : 21, rounds: direct },
+    { hooks: 'exclusions', times: LONG ? 300 : 21, rounds: exclusions },
   ])(
     '$times rounds of $hooks',
     async ({ times, rounds }) => {
@@ -167,12 +167,12 @@ describe('without growth', () => {
     600_000,
   );
 
-  test('a replaced or deleted table of direct flows is freed by the kernel', async () => {
+  test('a replaced or deleted table of exclusions is freed by the kernel', async () => {
     expect(existsSync(state.dir)).toBe(true);
     const before = innerMaps().length;
     const opened = native.openState(state.dir);
-    for (let i = 0; i < 5; i++) native.putDirectFlows(opened, 7, 64, true);
-    native.deleteDirectFlows(opened, 7);
+    for (let i = 0; i < 5; i++) native.putExclusions(opened, 7, []);
+    native.deleteExclusions(opened, 7);
     native.closeState(opened);
     await expect.poll(() => innerMaps().length, { timeout: 10_000 }).toBeLessThanOrEqual(before);
   });

@@ -87,7 +87,7 @@ const Name FLAGS[] = {
   { #name, sizeof(struct name) }
 const Name SIZES[] = {
     SIZE(interface), SIZE(endpoint),    SIZE(proxy),   SIZE(proxies),     SIZE(settings),   SIZE(tuple),
-    SIZE(flow),      SIZE(counter_key), SIZE(counter), SIZE(hook_record), SIZE(attachment), SIZE(exclusion), SIZE(event), {nullptr, 0},
+    SIZE(flow),      SIZE(direct_set), SIZE(counter_key), SIZE(counter), SIZE(hook_record), SIZE(attachment), SIZE(exclusion), SIZE(event), {nullptr, 0},
 };
 #undef SIZE
 

@@ -39,7 +39,7 @@ export function address(last: number): Uint8Array {
 
 export function attachmentRecord(): AttachmentRecord {
   return {
-    layout: 3,
+    layout: native.layoutVersion,
     state: 'attached',
     role: 'pod',
     contract: 'shared',

@@ -137,6 +137,8 @@ void load_programs(const State &state, const std::string &dir, const std::string
   constants->mark_to_proxy = settings.mark_to_proxy;
   constants->mark_tproxy = settings.mark_tproxy;
   for (int i = 0; i < 5; i++) constants->sign[i] = settings.sign[i];
+  for (int i = 0; i < 2; i++) constants->direct_seed[i] = settings.direct_seed[i];
+  constants->direct_sets = direct_sets(settings);
   // A kernel that knows full sockets only (4.20, 5.1) has none of what came later.
   const bool old = !kernel.skc_lookup || settings.variant & VARIANT_FULL_SOCKETS_ONLY;
   constants->full_sockets_only = old;
@@ -144,6 +146,7 @@ void load_programs(const State &state, const std::string &dir, const std::string
   constants->use_check_mtu = !old && kernel.check_mtu;
   constants->use_check_syncookie = !old && kernel.tcp_check_syncookie;
   constants->use_sk_assign = !old && kernel.sk_assign && !(settings.variant & VARIANT_NO_SK_ASSIGN);
+  constants->use_spin_lock = !old;
   // What has no bpf_sk_assign (5.7) has no socket lookup programs (5.9).
   constants->use_sk_lookup = constants->use_sk_assign && kernel.sk_lookup && !(settings.variant & VARIANT_NO_SK_LOOKUP);
   constants->use_ringbuf = map_info(state.fd(EVENTS), "events").type == BPF_MAP_TYPE_RINGBUF;
@@ -185,16 +188,19 @@ void load_programs(const State &state, const std::string &dir, const std::string
   std::string programs = dir + "/programs", directory = programs + "/" + tag;
   make_directory(programs, 0700);
   make_directory(directory, 0700);
-  for (const Name *name = PROGRAMS; name->word; name++) {
-    bpf_program *program = bpf_object__find_program_by_name(skeleton->obj, name->word);
-    if (!program) throw KernelError(ENOENT, "bpf_object__find_program_by_name", name->word);
-    if (!bpf_program__autoload(program)) continue;
+  auto pin = [&](const char *name) {
+    bpf_program *program = bpf_object__find_program_by_name(skeleton->obj, name);
+    if (!program) throw KernelError(ENOENT, "bpf_object__find_program_by_name", name);
+    if (!bpf_program__autoload(program)) return;
     // By another name first: who looks meanwhile finds the old pin or the new one.
-    std::string path = directory + "/" + name->word, unfinished = path + "_new";
+    std::string path = directory + "/" + name, unfinished = path + "_new";
     remove_file(unfinished);
     pin_object(bpf_program__fd(program), unfinished);
     rename_file(unfinished, path);
-  }
+  };
+  // It counts nothing and is attached nowhere, so it is none of PROGRAMS, whose last one tells that all are there.
+  pin("direct_import");
+  for (const Name *name = PROGRAMS; name->word; name++) pin(name->word);
 }
 
 Fd load_stub(const State &state, enum program program, uint32_t interface_id, bool drop) {

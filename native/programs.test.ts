@@ -60,7 +60,7 @@ describe('loadPrograms', () => {
   test('pins every program under its tag, by its name', () => {
     const { dir } = stateDirectory(bed);
     const directory = join(dir, 'programs/test');
-    const names = Object.keys(native.programs);
+    const names = [...Object.keys(native.programs), 'direct_import'];
     expect(readdirSync(directory).sort()).toEqual([...names].sort());
     expect(statSync(directory).mode & 0o777).toBe(0o700);
     for (const name of names) {
@@ -137,41 +137,22 @@ describe('loadPrograms', () => {
     const dir = join(bed.bpffs('bpf'), 'state');
     native.makeDirectory(dir, 0o700);
     native.createState(dir, WANTED);
-    // An inner map whose values are larger than what the programs store in it.
-    const [inner, direct] = [join(dir, 'inner'), join(dir, 'direct')];
-    must([
-      'bpftool',
-      'map',
-      'create',
-      inner,
-      'type',
-      'lru_hash',
-      'key',
-      '36',
-      'value',
-      '4096',
-      'entries',
-      '8',
-      'name',
-      'i',
-    ]);
+    // A map that does not say where in its values the lock is.
+    const [direct, size] = [join(dir, 'direct'), String(native.sizes.direct_set)];
     native.removeFile(direct);
     must(
-      ['bpftool', 'map', 'create', direct, 'type', 'hash_of_maps', 'key', '4', 'value', '4', 'entries', '16'].concat([
+      ['bpftool', 'map', 'create', direct, 'type', 'hash', 'key', '8', 'value', size, 'entries', '16'].concat([
         'name',
         'direct',
         'flags',
         '1',
-        'inner_map',
-        'pinned',
-        inner,
       ]),
     );
     const state = open(dir);
     const error = failure(() => native.loadPrograms(state, dir, 'test'));
     expect(error).toMatchObject({ syscall: 'bpf(BPF_PROG_LOAD)' });
-    expect(error.verifierLog).toMatch(/\ninvalid .*stack .*\nprocessed \d+ insns/);
-    expect(error.kernelMessage).toMatch(/^invalid .*stack.*; prog '\w+': BPF program load failed:/);
+    expect(error.verifierLog).toMatch(/\nmap 'direct' has to have BTF .*\nprocessed \d+ insns/);
+    expect(error.kernelMessage).toMatch(/^map 'direct' has to have BTF .*; prog '\w+': BPF program load failed:/);
     expect(error.message).not.toContain('\n');
     expect(readdirSync(dir)).not.toContain('programs');
   });

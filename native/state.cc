@@ -2,6 +2,7 @@
 #include "state.h"
 
 #include <bpf/bpf.h>
+#include <bpf/btf.h>
 #include <errno.h>
 #include <sys/random.h>
 
@@ -37,7 +38,7 @@ const Shape SHAPES[MAP_COUNT] = {
     {"endpoints", BPF_MAP_TYPE_HASH, 16, sizeof(struct endpoint), BPF_F_NO_PREALLOC},
     {"proxies", BPF_MAP_TYPE_HASH, sizeof(uint32_t), sizeof(struct proxies), BPF_F_NO_PREALLOC},
     {"flows", BPF_MAP_TYPE_LRU_HASH, sizeof(struct tuple), sizeof(struct flow), 0},
-    {"direct", BPF_MAP_TYPE_HASH_OF_MAPS, sizeof(uint32_t), sizeof(uint32_t), BPF_F_NO_PREALLOC},
+    {"direct", BPF_MAP_TYPE_HASH, sizeof(struct direct_key), sizeof(struct direct_set), BPF_F_NO_PREALLOC},
     {"exclusions", BPF_MAP_TYPE_HASH_OF_MAPS, sizeof(uint32_t), sizeof(uint32_t), BPF_F_NO_PREALLOC},
     {"fragments", BPF_MAP_TYPE_LRU_HASH, sizeof(struct fragment_key), sizeof(struct fragment), 0},
     {"resolvers", BPF_MAP_TYPE_LRU_HASH, sizeof(struct query), 16, 0},
@@ -58,9 +59,12 @@ const Shape SHAPES[MAP_COUNT] = {
 uint32_t capacity(Map map, const struct settings &settings) {
   switch (map) {
     case INTERFACES:
-    case DIRECT:
     case EXCLUSIONS:
       return settings.max_pods;
+    case DIRECT:
+      // A bound only, but the kernel makes as many buckets at once.
+      return static_cast<uint32_t>(
+          std::min<uint64_t>(uint64_t{settings.max_pods} * direct_sets(settings), uint64_t{1} << 22));
     case ENDPOINTS:
       return settings.max_pods * 4;
     case FLOWS:
@@ -99,9 +103,40 @@ Fd make_map(const Shape &shape, uint32_t entries, const bpf_map_create_opts *opt
   return fd;
 }
 
-Fd make_direct_table(uint32_t entries) {
-  Shape shape = {"direct_flows", BPF_MAP_TYPE_LRU_HASH, sizeof(struct tuple), sizeof(uint64_t), 0};
-  return make_map(shape, entries, nullptr, "direct flows of one pod, " + std::to_string(entries) + " entries");
+struct FreeTypes {
+  void operator()(btf *types) const { btf__free(types); }
+};
+
+// The types of DIRECT, as far as the kernel has to know them: where in the value the lock is.
+struct DirectTypes {
+  Fd fd;
+  uint32_t key;
+  uint32_t value;
+};
+DirectTypes direct_types() {
+  std::unique_ptr<btf, FreeTypes> types(btf__new_empty());
+  if (!types) throw KernelError(errno, "btf__new_empty", "types of map direct");
+  auto add = [](int id) {
+    if (id < 0) throw KernelError(-id, "btf__add", "types of map direct");
+    return id;
+  };
+  const int word = add(btf__add_int(types.get(), "unsigned int", sizeof(uint32_t), 0));
+  auto words = [&](size_t size) {
+    return add(btf__add_array(types.get(), word, word, static_cast<uint32_t>(size / sizeof(uint32_t))));
+  };
+  const int key = words(sizeof(struct direct_key));
+  const int lock = add(btf__add_struct(types.get(), "bpf_spin_lock", sizeof(struct bpf_spin_lock)));
+  add(btf__add_field(types.get(), "val", word, 0, 0));
+  const int rest = words(sizeof(struct direct_set) - sizeof(struct bpf_spin_lock));
+  const int value = add(btf__add_struct(types.get(), "direct_set", sizeof(struct direct_set)));
+  add(btf__add_field(types.get(), "lock", lock, 0, 0));
+  add(btf__add_field(types.get(), "rest", rest, sizeof(struct bpf_spin_lock) * 8, 0));
+  uint32_t size;
+  const void *raw = btf__raw_data(types.get(), &size);
+  if (!raw) throw KernelError(ENOMEM, "btf__raw_data", "types of map direct");
+  Fd fd(kernel_call("bpf(BPF_BTF_LOAD)", [&] { return bpf_btf_load(raw, size, nullptr); }));
+  if (!fd) throw KernelError(errno, "bpf(BPF_BTF_LOAD)", "types of map direct");
+  return {std::move(fd), static_cast<uint32_t>(key), static_cast<uint32_t>(value)};
 }
 
 // Of one size for all: kernels below 5.10 compare it with the outer map's template. Without preallocation it is a limit
@@ -154,12 +189,15 @@ Fd make_state_map(Map map, const struct settings &settings, const std::string &p
   if (map == PROXY_SOCKETS) return make_proxy_sockets(path);
   LIBBPF_OPTS(bpf_map_create_opts, options);
   options.map_flags = shape.flags;
-  // The outer map keeps the shape of this inner map and not the map.
   Fd inner;
+  DirectTypes types;
   if (map == DIRECT) {
-    inner = make_direct_table(settings.direct_flows);
-    options.inner_map_fd = static_cast<uint32_t>(inner.get());
+    types = direct_types();
+    options.btf_fd = static_cast<uint32_t>(types.fd.get());
+    options.btf_key_type_id = types.key;
+    options.btf_value_type_id = types.value;
   } else if (map == EXCLUSIONS) {
+    // The outer map keeps the shape of this inner map and not the map.
     inner = make_exclusion_trie();
     options.inner_map_fd = static_cast<uint32_t>(inner.get());
   }
@@ -213,6 +251,13 @@ std::optional<struct settings> read_settings(const std::string &dir, Fd &fd) {
   return settings;
 }
 
+void fill_random(void *out, size_t size) {
+  ssize_t count = kernel_call("getrandom", [&] { return getrandom(out, size, 0); });
+  if (count != static_cast<ssize_t>(size)) {
+    throw KernelError(count < 0 ? errno : EIO, "getrandom", std::to_string(size) + " bytes");
+  }
+}
+
 struct settings new_settings(const WantedState &wanted) {
   struct settings settings = {};
   settings.layout = LAYOUT_VERSION;
@@ -224,8 +269,8 @@ struct settings new_settings(const WantedState &wanted) {
   settings.mark_tproxy = wanted.mark_tproxy;
   settings.variant = wanted.variant;
   settings.sign[0] = 0x02;  // a locally administered unicast address
-  ssize_t count = kernel_call("getrandom", [&] { return getrandom(&settings.sign[1], 4, 0); });
-  if (count != 4) throw KernelError(count < 0 ? errno : EIO, "getrandom", "4 bytes");
+  fill_random(&settings.sign[1], 4);
+  fill_random(settings.direct_seed, sizeof(settings.direct_seed));
   read_boot_id(settings.boot_id);
   return settings;
 }
@@ -369,38 +414,69 @@ std::vector<std::string> keys(const State &state, Map map) {
   return found;
 }
 
-void put_direct_flows(const State &state, uint32_t ifindex, uint32_t entries, bool replace) {
-  const int outer = state.fd(DIRECT);
-  uint32_t id;
-  if (!replace && lookup(outer, &ifindex, &id, "direct")) return;
-  Fd inner = make_direct_table(entries);
-  const uint32_t value = static_cast<uint32_t>(inner.get());
-  const uint32_t inner_id = map_info(inner.get(), "direct_flows").id;
-  int result = call_until(
-      [=] {
-        return kernel_call("bpf(BPF_MAP_UPDATE_ELEM)",
-                           [&] { return bpf_map_update_elem(outer, &ifindex, &value, replace ? BPF_ANY : BPF_NOEXIST); });
-      },
-      [&] { return bpf_map_lookup_elem(outer, &ifindex, &id) == 0 && id == inner_id; });
-  // EEXIST: another process was faster, and its table is as good.
-  if (result < 0 && (replace || errno != EEXIST)) {
-    KernelError error(errno, "bpf(BPF_MAP_UPDATE_ELEM)", "map direct");
-    if (error.number == E2BIG) error.object += ", which is full";
-    throw error;
-  }
+uint32_t direct_sets(const struct settings &settings) {
+  return std::max<uint32_t>(1, (settings.direct_flows + DIRECT_WAYS - 1) / DIRECT_WAYS);
 }
 
-bool delete_inner(const State &state, Map map, uint32_t ifindex) {
-  const int outer = state.fd(map);
-  const std::string object = std::string("map ") + map_name(map);
+std::vector<struct tuple> direct_flows(const State &state, uint32_t ifindex) {
+  std::vector<struct tuple> flows;
+  struct direct_set set;
+  for (struct direct_key key = {ifindex, 0}; key.set < direct_sets(state.settings()); key.set++) {
+    if (!lookup(state.fd(DIRECT), &key, &set, "direct")) continue;
+    for (int way = 0; way < DIRECT_WAYS; way++) {
+      if (set.check[way]) flows.push_back(set.tuple[way]);
+    }
+  }
+  return flows;
+}
+
+Import import_direct_flow(int program, uint32_t ifindex, const struct tuple &flow) {
+  struct direct_import wanted = {};
+  wanted.ifindex = ifindex;
+  wanted.tuple = flow;
+  uint8_t packet[sizeof(wanted)], out[sizeof(wanted) + 256];
+  memcpy(packet, &wanted, sizeof(wanted));
+  TestRun run = test_run(program, packet, sizeof(packet), out, sizeof(out), {0, 0, 0, 1});
+  return run.verdict == 1 ? Import::done : run.verdict == 0 ? Import::redirected : Import::no_memory;
+}
+
+std::vector<uint32_t> interfaces_with_direct_flows(const State &state) {
+  std::vector<uint32_t> found;
+  std::unordered_set<uint32_t> seen;
+  walk(state, DIRECT, [&](const std::string &bytes) {
+    struct direct_key key;
+    memcpy(&key, bytes.data(), sizeof(key));
+    if (seen.insert(key.ifindex).second) found.push_back(key.ifindex);
+  });
+  return found;
+}
+
+// By trying every key, because a walk would meet the sets of all pods. The attempts count as one kernel call.
+uint32_t delete_direct_flows(const State &state, uint32_t ifindex) {
+  uint32_t deleted = 0;
+  const int map = state.fd(DIRECT);
+  const uint32_t sets = direct_sets(state.settings());
+  int result = kernel_call("bpf(BPF_MAP_DELETE_ELEM)", [&] {
+    for (struct direct_key key = {ifindex, 0}; key.set < sets; key.set++) {
+      if (bpf_map_delete_elem(map, &key) == 0) deleted++;
+      else if (errno != ENOENT) return -1;
+    }
+    return 0;
+  });
+  if (result < 0) throw KernelError(errno, "bpf(BPF_MAP_DELETE_ELEM)", "map direct");
+  return deleted;
+}
+
+bool delete_exclusions(const State &state, uint32_t ifindex) {
+  const int outer = state.fd(EXCLUSIONS);
   uint32_t id;
-  if (!lookup(outer, &ifindex, &id, map_name(map))) return false;
+  if (!lookup(outer, &ifindex, &id, "exclusions")) return false;
   int result = call_until(
       [=] { return kernel_call("bpf(BPF_MAP_DELETE_ELEM)", [&] { return bpf_map_delete_elem(outer, &ifindex); }); },
       [&] { return bpf_map_lookup_elem(outer, &ifindex, &id) < 0 && errno == ENOENT; });
   if (result == 0) return true;
   if (errno == ENOENT) return false;
-  throw KernelError(errno, "bpf(BPF_MAP_DELETE_ELEM)", object);
+  throw KernelError(errno, "bpf(BPF_MAP_DELETE_ELEM)", "map exclusions");
 }
 
 void put_exclusions(const State &state, uint32_t ifindex, const std::vector<ExclusionRule> &rules) {
@@ -503,7 +579,7 @@ std::vector<MapUsage> map_usage(const State &state) {
     Map map = static_cast<Map>(i);
     MapInfo info = map_info(state.fd(map), SHAPES[i].name);
     MapUsage entry = {SHAPES[i].name, count_entries(state, map), info.max_entries, memlock(state.fd(map))};
-    if (map == DIRECT || map == EXCLUSIONS) {
+    if (map == EXCLUSIONS) {
       for (const std::string &key : keys(state, map)) {
         uint32_t id;
         if (!lookup(state.fd(map), key.data(), &id, SHAPES[i].name)) continue;

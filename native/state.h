@@ -73,9 +73,18 @@ void create_state(const std::string &dir, const WantedState &wanted);
 // Every key once. Entries that come and go during the walk may or may not be among them; all others are.
 std::vector<std::string> keys(const State &state, Map map);
 
-void put_direct_flows(const State &state, uint32_t ifindex, uint32_t entries, bool replace);
-// Of DIRECT or EXCLUSIONS.
-bool delete_inner(const State &state, Map map, uint32_t ifindex);
+// Sets of ways that each pod has in DIRECT.
+uint32_t direct_sets(const struct settings &settings);
+// The flows of one interface. A flow that is put in or taken out meanwhile may be missing.
+std::vector<struct tuple> direct_flows(const State &state, uint32_t ifindex);
+// Every interface that has a set, once.
+std::vector<uint32_t> interfaces_with_direct_flows(const State &state);
+enum class Import { redirected, done, no_memory };
+// Puts a flow into DIRECT by a test run of `program` (direct_import), so that no writer loses what another one puts in.
+Import import_direct_flow(int program, uint32_t ifindex, const struct tuple &flow);
+// How many sets were there.
+uint32_t delete_direct_flows(const State &state, uint32_t ifindex);
+bool delete_exclusions(const State &state, uint32_t ifindex);
 
 // One rule: `key` with its reason; 0 where a longer prefix takes an address out of a shorter one.
 struct ExclusionRule {

@@ -75,7 +75,7 @@ describe('createState', () => {
     expect(Object.fromEntries(MAPS.map((name) => [name, mapInfo(name)]))).toMatchObject({
       attachments: { type: 'hash', bytes_key: 32, bytes_value: sizes.attachment, max_entries: 32, flags: noPrealloc },
       counters: { type: 'percpu_hash', bytes_key: 8, bytes_value: 16, max_entries: 512, flags: noPrealloc },
-      direct: { type: 'hash_of_maps', bytes_key: 4, max_entries: 16, flags: noPrealloc },
+      direct: { type: 'hash', bytes_key: 8, bytes_value: sizes.direct_set, max_entries: 128, flags: noPrealloc },
       endpoints: { type: 'hash', bytes_key: 16, bytes_value: sizes.endpoint, max_entries: 64, flags: noPrealloc },
       events: { type: 'ringbuf', max_entries: 1 << 20 },
       exclusions: { type: 'hash_of_maps', bytes_key: 4, max_entries: 16, flags: noPrealloc },
@@ -205,7 +205,7 @@ describe('openState', () => {
   }
 
   test.each([
-    ['a later layout', 4, 200],
+    ['a later layout', native.layoutVersion + 1, 200],
     ['an earlier layout of another size', 0, 8],
   ])('%s: EPROTO that names found and wanted', (_, layout, size) => {
     native.createState(dir, WANTED);
@@ -446,28 +446,7 @@ describe('interfaces, endpoints, proxies', () => {
   });
 });
 
-describe('direct flows and usage', () => {
-  const innerId = (ifindex: number) => {
-    const key = [ifindex & 255, ifindex >> 8, 0, 0].map(String);
-    const shown = must(['bpftool', '-j', 'map', 'lookup', 'pinned', join(dir, 'direct'), 'key', ...key]);
-    return (JSON.parse(shown) as { inner_map_id?: number; value?: unknown }).inner_map_id ?? shown;
-  };
-
-  test('a table is kept unless it is to be replaced', () => {
-    const state = created();
-    native.putDirectFlows(state, 7, 64, false);
-    const first = innerId(7);
-    native.putDirectFlows(state, 7, 64, false);
-    expect(innerId(7)).toEqual(first);
-    native.putDirectFlows(state, 7, 128, true);
-    expect(innerId(7)).not.toEqual(first);
-    native.putDirectFlows(state, 300, 64, true);
-    expect(native.listDirectFlows(state).sort((a, b) => a - b)).toEqual([7, 300]);
-    expect(native.deleteDirectFlows(state, 7)).toBe(true);
-    expect(native.deleteDirectFlows(state, 7)).toBe(false);
-    expect(native.listDirectFlows(state)).toEqual([300]);
-  });
-
+describe('exclusions and usage', () => {
   test('exclusions are replaced whole and read back', () => {
     const state = created();
     const port = (number: number, length = 16): ExclusionRule => ({
@@ -501,7 +480,8 @@ describe('direct flows and usage', () => {
       ['endpoints', 0, 64],
       ['proxies', 0, 1],
       ['flows', 0, 1024],
-      ['direct', 0, 16],
+      // Eight sets of eight for each pod.
+      ['direct', 0, 16 * 8],
       ['exclusions', 0, 16],
       ['fragments', 0, 4096],
       ['resolvers', 0, 16384],
@@ -521,14 +501,13 @@ describe('direct flows and usage', () => {
     for (let i = 1; i <= 13; i++) native.putInterface(state, i, interfaceRecord());
     for (let i = 0; i < 30; i++) native.putAttachment(state, bytes(32, i), attachmentRecord());
     native.putProxies(state, 1, []);
-    const empty = usage('direct')?.bytes ?? 0;
-    native.putDirectFlows(state, 7, 10_000, false);
-    native.putDirectFlows(state, 8, 10_000, false);
     expect(usage('interfaces')).toMatchObject({ entries: 13, capacity: 16 });
     expect(usage('attachments')?.entries).toBe(30);
     expect(usage('attachments')?.bytes).toBeGreaterThan(30 * 2304);
     expect(usage('proxies')?.entries).toBe(1);
-    expect(usage('direct')?.entries).toBe(2);
-    expect(usage('direct')?.bytes).toBeGreaterThan(empty + 2 * 10_000 * (36 + 8));
+    const empty = usage('exclusions')?.bytes ?? 0;
+    native.putExclusions(state, 7, []);
+    expect(usage('exclusions')?.entries).toBe(1);
+    expect(usage('exclusions')?.bytes).toBeGreaterThan(empty);
   });
 });

@@ -258,15 +258,18 @@ const functions: Record<
     ['generation', generation],
     ['proxies', proxies],
   ],
-  putDirectFlows: [
+  directFlows: [
     ['state', stateKind],
     ['ifindex', interfaceId],
-    ['entries', positive],
-    ['replace', boolean],
   ],
   deleteDirectFlows: [
     ['state', stateKind],
     ['ifindex', interfaceId],
+  ],
+  importDirectFlow: [
+    ['programFd', fd],
+    ['ifindex', interfaceId],
+    ['flow', object(() => ({ source: address(1), sourcePort: 1, destination: address(2), destinationPort: 2 }))],
   ],
   listDirectFlows: [['state', stateKind]],
   putExclusions: [

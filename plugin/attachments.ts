@@ -23,10 +23,10 @@ export function linkDirectory(stateDir: string, key: AttachmentKey): string {
   return join(stateDir, 'links', hex(key));
 }
 
-export function linkPin(stateDir: string, key: AttachmentKey, program: ProgramName): string {
+export function linkPin(stateDir: string, key: AttachmentKey, program: ProgramName | 'direct_import'): string {
   return join(linkDirectory(stateDir, key), program);
 }
 
-export function programPin(stateDir: string, tag: string, program: ProgramName): string {
+export function programPin(stateDir: string, tag: string, program: ProgramName | 'direct_import'): string {
   return join(stateDir, 'programs', tag, program);
 }

@@ -109,12 +109,12 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
     .addOption(podOption('the pod of this name'))
     .option('--container-id <id>', 'the pod with this sandbox')
     .option('--no-drain', 'cut connections that go through the proxy')
-    .action((options: DirectoryOptions & UnenrollOptions & { conf?: string }) => {
+    .action(async (options: DirectoryOptions & UnenrollOptions & { conf?: string }) => {
       const { netns, pod, containerId } = options;
       if ([netns, pod, containerId].filter((choice) => choice !== undefined).length !== 1) {
         unenrollCommand.error('error: exactly one of --netns, --pod and --container-id is needed');
       }
-      finish(unenroll(loadNative(), terminal, settingsOf(options), options));
+      finish(await unenroll(loadNative(), terminal, settingsOf(options), options));
     });
 
   const proxy = command(program, 'proxy', "a proxy that is no pod of this node's runtime").helpCommand(false);

@@ -19,6 +19,7 @@ import type {
   ProxyRecord,
   Rule,
   State,
+  Tuple,
 } from './native.ts';
 import { HOST } from './native.ts';
 import { addProxy, removeDeadProxies, removeProxy } from './proxies.ts';
@@ -194,8 +195,11 @@ function attachAll(attachment: Attachment): AttachmentRecord {
     }
     if (plan.interface !== null) withRoom(attachment, () => fillMaps(attachment));
     for (const hook of plan.hooks) attachHook(attachment, hook);
+    // In the contract in-pod the proxy's own sockets are among the pod's.
+    const older = target.role === 'pod' && !target.strict && previous === null;
+    if (older && attachment.config.proxy.contract === 'shared') rememberOlder(attachment);
     if (target.role === 'proxy') announceProxy(attachment);
-    const [finding] = verify(native, state, attachment.config, target.key, record);
+    const [finding] = verifyAttached(native, state, attachment.config, target.key, record);
     if (finding !== undefined) {
       throw new CniError(
         Code.ATTACH_FAILED,
@@ -381,10 +385,10 @@ function fillMaps(attachment: Attachment): void {
   const { native, config, state, target, facts, id, plan, undo } = attachment;
   try {
     if (attachment.previous === null) {
-      native.putDirectFlows(state, id, config.directFlowsPerPod, true);
+      // The programs make the sets of flows; none is there before them, unless a state was damaged by hand.
+      native.deleteDirectFlows(state, id);
       undo.push(() => native.deleteDirectFlows(state, id));
     } else {
-      native.putDirectFlows(state, id, config.directFlowsPerPod, false);
       undo.push(keepEntries(attachment, attachment.previous));
     }
     if (target.asRecorded === true && attachment.previous !== null) {
@@ -411,6 +415,41 @@ function fillMaps(attachment: Attachment): void {
       `record ${facts.host?.name ?? facts.pod.name} (interface ${id}) in ${config.stateDir}`,
       error,
     );
+  }
+}
+
+/**
+ * A running pod's open connections go on direct. They are read after the programs are attached, so that none is opened
+ * unseen between the two, and what has been redirected since is left out. When all of them are remembered, nothing that
+ * comes without an entry can be older than the enrolment.
+ */
+function rememberOlder(attachment: Attachment): void {
+  const { native, config, state, netns, facts, plan, record, id } = attachment;
+  const own = new Set(plan.addresses.map(hex));
+  const text = ({ source, sourcePort, destination, destinationPort }: Tuple) =>
+    `${hex(source)} ${sourcePort} ${hex(destination)} ${destinationPort}`;
+  let program: number | undefined;
+  try {
+    program = native.openProgram(programPin(config.stateDir, record.programTag, 'direct_import'));
+    const older: Tuple[] = [];
+    for (const { local, localPort, remote, remotePort } of native.connections(netns)) {
+      if (!own.has(hex(local)) || own.has(hex(remote))) continue;
+      const flow = { source: local, sourcePort: localPort, destination: remote, destinationPort: remotePort };
+      if (native.importDirectFlow(program, id, flow)) older.push(flow);
+    }
+    // More of them than the table holds: then one without an entry may be older after all.
+    const kept = new Set(native.directFlows(state, id).map(text));
+    if (!older.every((flow) => kept.has(text(flow)))) return;
+  } catch (error) {
+    throw stepError(Code.STATE_FAILED, `remember the open connections of ${record.netnsPath}`, error);
+  } finally {
+    if (program !== undefined) native.close(program);
+  }
+  plan.flags |= native.flags.INTERFACE_STRICT ?? 0;
+  record.flags |= plan.flags;
+  if (plan.interface !== null) native.putInterface(state, id, { ...plan.interface, flags: plan.flags });
+  for (const address of plan.addresses) {
+    native.putEndpoint(state, address, { ifindex: id, flags: plan.flags, podMac: facts.pod.mac }, false);
   }
 }
 
@@ -966,6 +1005,34 @@ export function isDead(native: Native, record: AttachmentRecord): boolean {
 
 /** Compares the record with the kernel; [] if all is there. Changes nothing. */
 export function verify(
+  native: Native,
+  state: State,
+  dirs: Directories,
+  key: AttachmentKey,
+  record: AttachmentRecord,
+): Finding[] {
+  const findings = verifyAttached(native, state, dirs, key, record);
+  if (record.role !== 'none') verifyMac(native, record, findings);
+  return findings;
+}
+
+/** A plugin that follows in the chain may change it (tuning): then our programs take the pod's frames for another host's. */
+function verifyMac(native: Native, record: AttachmentRecord, findings: Finding[]): void {
+  inOwnNetns(native, record, (netns) => {
+    const link = native.linkByIndex(netns, record.podIfindex);
+    if (link === null || link.mac === record.podMac) return;
+    findings.push({
+      code: Code.ENTRY_MISMATCH,
+      kind: 'interface',
+      object: `MAC address of ${record.ifname} in ${record.netnsPath}`,
+      expected: record.podMac,
+      found: link.mac,
+    });
+  });
+}
+
+/** What attach() has made itself. */
+function verifyAttached(
   native: Native,
   state: State,
   dirs: Directories,

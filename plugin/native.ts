@@ -240,6 +240,13 @@ export interface TraceEvent {
   destinationPort: number;
 }
 
+export interface Tuple {
+  source: Address;
+  sourcePort: number;
+  destination: Address;
+  destinationPort: number;
+}
+
 export interface TcpConnection {
   /** "established", "syn_recv", "fin_wait2", ... */
   state: string;
@@ -398,10 +405,16 @@ export interface Native {
   getProxies(state: State): { generation: number; proxies: ProxyRecord[] };
   putProxies(state: State, generation: number, proxies: ProxyRecord[]): void;
 
-  /** The pod's own table of direct flows; replaces one that is there only if `replace`. */
-  putDirectFlows(state: State, ifindex: number, entries: number, replace: boolean): void;
-  deleteDirectFlows(state: State, ifindex: number): boolean;
-  /** interfaces that have such a table */
+  /** flows of the interface that were let go direct on purpose, the pod's end as source */
+  directFlows(state: State, ifindex: number): Tuple[];
+  /**
+   * Adds one, by the pinned program direct_import; false: it has been redirected meanwhile, and is left so. ENOMEM: the
+   * kernel has no memory for it. It may take the place of another one (see directFlows).
+   */
+  importDirectFlow(programFd: number, ifindex: number, flow: Tuple): boolean;
+  /** how many sets of flows there were */
+  deleteDirectFlows(state: State, ifindex: number): number;
+  /** interfaces that have such flows, or had */
   listDirectFlows(state: State): number[];
 
   /**

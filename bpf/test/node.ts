@@ -167,7 +167,7 @@ interface SkbFields {
 }
 
 /** A process (runner.ts) in one namespace. */
-class Runner {
+export class Runner {
   readonly #child: ChildProcess;
   readonly #waiting = new Map<number, { resolve: (value: unknown) => void; reject: (error: Error) => void }>();
   #last = 0;
@@ -396,7 +396,7 @@ function route(namespace: Namespace, address: string, gateway: string | undefine
   namespace.ip('route', 'add', address, 'via', gateway ?? '');
 }
 
-function ifindexOf(namespace: Namespace, ifname: string): number {
+export function ifindexOf(namespace: Namespace, ifname: string): number {
   const links: unknown = JSON.parse(namespace.ip('-j', 'link', 'show', 'dev', ifname));
   const index = (links as { ifindex: number }[])[0]?.ifindex;
   if (index === undefined) throw new Error(`${namespace.name}: no ${ifname}`);
@@ -414,7 +414,13 @@ export class Datapath {
   readonly seen: Set<string>;
 
   /** `variant`: VARIANT_* names of redirect.h without the prefix. `label` tells two of the same variant apart. */
-  constructor(node: Node, seen: Set<string>, variant: readonly string[] = [], label = 'run') {
+  constructor(
+    node: Node,
+    seen: Set<string>,
+    variant: readonly string[] = [],
+    label = 'run',
+    directFlowsPerPod = DIRECT_FLOWS,
+  ) {
     const { native } = node;
     this.node = node;
     this.seen = seen;
@@ -425,7 +431,7 @@ export class Datapath {
     native.createState(this.directory, {
       maxPods: 16,
       maxFlows: 4096,
-      directFlowsPerPod: DIRECT_FLOWS,
+      directFlowsPerPod,
       marks: MARKS,
       variant: variantBits,
     });
@@ -440,7 +446,6 @@ export class Datapath {
     this.enrolOther();
     this.proxies([this.old()]);
     for (const ifindex of [this.node.ifindex.pod, this.node.ifindex.otherPod]) {
-      this.node.native.putDirectFlows(this.state, ifindex, DIRECT_FLOWS, false);
       this.node.native.deleteExclusions(this.state, ifindex);
     }
   }

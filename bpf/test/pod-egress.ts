@@ -270,12 +270,12 @@ export function podEgress(datapath: () => Datapath): void {
           await check(send(...flow, { flags: ACK }), toOld('to_proxy_orphaned', SIGN.COOKIE_OUTBOUND));
         });
 
-        test('without a table of direct flows nothing is remembered', async () => {
+        test('whose direct flow has been forgotten: an orphan', async () => {
           const d = datapath();
           d.enrol({ flags: ['DRAINING', 'STRICT'] });
-          d.forgetDirectFlows();
           const flow = fresh(family);
           await check(send(...flow), pass('pass_draining'));
+          d.forgetDirectFlows();
           await check(send(...flow, { flags: ACK }), drop('drop_orphaned_flow'));
         });
       });

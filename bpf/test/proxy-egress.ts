@@ -2,7 +2,7 @@
 // proxy_egress: what a proxy sends.
 
 import { describe, test } from 'vitest';
-import { ACK, type End, FIN, SYN, type TcpFields, tcpFrame } from './frames.ts';
+import { ACK, type End, FIN, RST, SYN, type TcpFields, tcpFrame } from './frames.ts';
 import {
   APP,
   addresses,
@@ -137,6 +137,21 @@ export function proxyEgress(datapath: () => Datapath): void {
           await check(send(...flow), delivered());
           await check(send(...flow, { flags: ACK }), delivered());
         });
+      });
+
+      test('SYN in a pod’s name to outside: into the stack; answers to a socket that is gone get the living proxy’s RST', async () => {
+        const d = datapath();
+        d.enrol({ flags: ['STRICT'] });
+        const [pod, server] = [{ address: its.pod, port: port() }, outside()];
+        const answer = tcpFrame(toPod, server, pod, { flags: ACK });
+        const orphaned = d.toProxy('to_proxy_orphaned', d.old(), SIGN.COOKIE_INBOUND, MARKS.toProxy);
+        await d.check('pod_ingress', answer, drop('drop_orphaned_flow'), { ingressIfindex: 1 });
+        await check(send(pod, server), reinjected);
+        await d.check('pod_ingress', answer, orphaned, { ingressIfindex: 1 });
+        d.proxies([]);
+        await d.check('pod_ingress', answer, drop('drop_no_listener'), { ingressIfindex: 1 });
+        d.proxies([d.old()]);
+        await check(send(pod, server, { flags: RST }), reinjected);
       });
 
       describe('to a local enrolled pod, no SYN', () => {

@@ -11,7 +11,7 @@ export interface TestRunCall {
   call: 'testRun';
   path: string;
   packet: Uint8Array;
-  skb: { mark: number; ingressIfindex: number; ifindex: number };
+  skb: { mark: number; ingressIfindex: number; ifindex: number; interfaceId?: number };
 }
 
 /** The id that the namespace at `path` has as seen from the runner's; one is allocated where there is none. */

@@ -299,6 +299,8 @@ describe('leaving', () => {
     const done = await command(...args, '--service-account', 'sa', '--uid', 'u1');
     expect(done, done.stderr).toMatchObject({ status: 0 });
     expect(ztunnel.state.served).toEqual(['u1']);
+    expect(await command('unenroll', '--no-drain', '--pod', 'default/later')).toMatchObject({ status: 0 });
+    await ztunnel.until('the pod is forgotten', ({ served }) => served.length === 0);
   });
 });
 

@@ -86,10 +86,6 @@ async function main(): Promise<void> {
     process.stderr.write(`results, tables and plots: ${directory}\n`);
     if (values.publish) process.stderr.write(`written: ${(await publish(result)).join(', ')}\n`);
     if (result.runs.some((run) => run.invalid !== undefined)) process.exitCode = 1;
-  } else if (what === 'agent') {
-    const pods = Number(values.pods);
-    if (!Number.isInteger(pods) || pods < 1) refuse();
-    await benchAgent(pods);
   } else if (what === 'publish') {
     process.stderr.write(`written: ${(await publish(finished(more[0]).result)).join(', ')}\n`);
   } else {

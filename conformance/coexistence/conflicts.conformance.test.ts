@@ -115,8 +115,8 @@ describe.each([
     expect(await refusal(subject, result)).toMatch(/priority 1 is held by a u32 filter.*\(code 102\)/);
   });
 
-  // Known gap: such a pod has no TCP until it is enrolled again; nothing tells us of the change.
-  test('tuning changes the MAC address after us: nothing leaks, doctor names it, and enroll mends it', async () => {
+  // Such a pod has no TCP until it is enrolled again: the kernel tells nobody of the change.
+  test('tuning changes the MAC address after us: nothing leaks, CHECK and doctor name it, and enroll mends it', async () => {
     const { subject, result } = await prepared();
     const mac = '02:00:5e:00:53:aa';
     const tuning: PluginConf = { type: 'tuning', mac, dataDir: site.topology.testbed.directory('tuning.mac') };
@@ -124,12 +124,15 @@ describe.each([
     await expect(proxied(subject)).rejects.toThrow('ETIMEDOUT');
     const what = /^fails: eth0 of default\/\S+: its MAC address is 02:00:5e:00:53:aa and was \S+ at ADD/;
     expect(await named(subject)).toEqual([expect.stringMatching(what)]);
+    const checked = () => site.runtime.check(subject.list([site.ours]), subject.rt);
+    await expect(checked()).rejects.toThrow(/MAC address of eth0 .* is not as ADD left it.*found 02:00:5e:00:53:aa/);
 
     const { stateDir, runDir } = site.topology;
     const options = ['--netns', subject.pod.netns.path, '--state-dir', stateDir, '--run-dir', runDir];
     const { status, stdout, stderr } = await site.topology.node.exec([EXECUTABLE, 'enroll', ...options]);
     expect(`${status} ${stdout}${stderr}`).toMatch(/^0 /);
     expect(await named(subject)).toEqual([]);
+    await checked();
     expect(await proxied(subject)).toBe(4);
   });
 });

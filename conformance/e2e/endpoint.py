@@ -43,11 +43,13 @@ def plain(address):
 
 
 class Server(threading.Thread):
-    def __init__(self, address, port):
+    def __init__(self, address, port, mark=0):
         super().__init__(daemon=True)
         family = family_of(address)
         self.listener = socket.socket(family, socket.SOCK_STREAM)
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if mark:
+            self.listener.setsockopt(socket.SOL_SOCKET, 36, mark)  # SO_MARK
         if family == socket.AF_INET6:
             self.listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         self.listener.bind((address, port))
@@ -121,8 +123,8 @@ def read_line(connection):
     return line.decode().strip()
 
 
-def listen(address, port):
-    server = Server(address, port)
+def listen(address, port, mark=0):
+    server = Server(address, port, mark)
     server.start()
     servers[server.listener.getsockname()[1], family_of(address)] = server
     return {"port": server.listener.getsockname()[1]}
@@ -135,7 +137,7 @@ def seen(port, family):
 def connect(address, port, source=None, sourcePort=0, timeout=5000, scope=None, banner=True, mark=0):
     connection = socket.socket(family_of(address), socket.SOCK_STREAM)
     if mark:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_MARK if hasattr(socket, "SO_MARK") else 36, mark)
+        connection.setsockopt(socket.SOL_SOCKET, 36, mark)  # SO_MARK
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     connection.settimeout(timeout / 1000)
     if source is not None or sourcePort:

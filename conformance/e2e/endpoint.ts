@@ -127,11 +127,11 @@ export class Endpoint {
     return promise as Promise<T>;
   }
 
-  /** Listens on all addresses of both families. */
-  async listen(port: number): Promise<void> {
+  /** Listens on all addresses of both families. `mark`: SO_MARK. */
+  async listen(port: number, mark = 0): Promise<void> {
     await Promise.all([
-      this.#call('listen', { address: '0.0.0.0', port }),
-      this.#call('listen', { address: '::', port }),
+      this.#call('listen', { address: '0.0.0.0', port, mark }),
+      this.#call('listen', { address: '::', port, mark }),
     ]);
   }
 

@@ -139,7 +139,11 @@ describe.each(['tcx', 'clsact'] as const)('exclusions, %s', (hook) => {
     for (const { from, connection } of [...proxied, ...direct, ...third]) await mesh.exchanged(connection, from);
   });
 
-  test('ADD again changes nothing for connections', async () => {
+  test('ADD again changes nothing for connections, and brings back the exclusions that CHECK misses', async () => {
+    await mesh.topology.checkOurs(mesh.client);
+    await expect(mesh.topology.checkOurs(mesh.server)).rejects.toThrow(/exclusions of .* is not as ADD left it/);
+    await mesh.topology.addOurs(mesh.server);
+    await mesh.topology.checkOurs(mesh.server);
     const held = await mesh.connect('client', mesh.address('outsider', 4));
     const heldIn = await mesh.connect('outsider', mesh.address('client', 6));
     await Promise.all([
@@ -150,5 +154,6 @@ describe.each(['tcx', 'clsact'] as const)('exclusions, %s', (hook) => {
     await mesh.exchanged(held, 'client');
     await mesh.exchanged(heldIn, 'outsider');
     expect(await mesh.goesDirect('client', mesh.address('outsider', 4), POD_PORT)).toBe(true);
+    await mesh.topology.checkOurs(mesh.client);
   });
 });

@@ -138,7 +138,7 @@ async function glance(pod: Pod, bystander: Pod): Promise<KernelState> {
 }
 
 /** What stays once the state directory has been made: its maps and programs, not their users. */
-const shared = /^pins [^[]*$|\/settings\[|\/proxies\[/;
+const shared = /^pins [^[]*$|\/(?:settings|proxies|identity|jump|jump_lookup)\[/;
 
 /** Lines that tell of an attachment: every difference but the state directory itself. */
 function remains(before: KernelState, after: KernelState): string[] {
@@ -325,7 +325,7 @@ describe.each(hooks)('%s: each kernel call fails in turn', (hook) => {
 
   test.each(roles)(
     'ADD of $role is undone whichever call fails',
-    { timeout: 600_000 },
+    { timeout: 1_200_000 },
     async ({ role, label, options }) => {
       prepare(hook);
       const pod = wiredPod(label, 2, options);

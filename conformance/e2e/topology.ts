@@ -272,6 +272,11 @@ export class Topology {
     if (this.#path !== null) await this.#plugin(this.#path, 'ADD', pod, this.entry(pod));
   }
 
+  /** CHECK of the plugin under test. */
+  async checkOurs(pod: Pod): Promise<void> {
+    if (this.#path !== null) await this.#plugin(this.#path, 'CHECK', pod, this.entry(pod));
+  }
+
   /** The chain's ADD. */
   async add(...pods: Pod[]): Promise<void> {
     for (const pod of pods) {

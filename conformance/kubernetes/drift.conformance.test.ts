@@ -158,13 +158,6 @@ describe.runIf(missingControlPlane() === undefined).each(['tcx', 'clsact'] as co
           () => native.getInterface(state, record.hostIfindex)?.flags === record.flags,
         ),
       ).toEqual(['map of shop/web']);
-      expect(
-        await brokenAndRepaired(
-          web,
-          () => native.deleteDirectFlows(state, record.hostIfindex),
-          () => native.listDirectFlows(state).includes(record.hostIfindex),
-        ),
-      ).toEqual(['map of shop/web']);
     });
 
     test('the list of proxies', async () => {

@@ -212,6 +212,20 @@ describe.runIf(missingControlPlane() === undefined)('trouble with kube-apiserver
     ]);
   });
 
+  test('the state is removed and made anew beside the agent, as by uninstall and install', async () => {
+    site.startAgent();
+    const web = await enrolled('web');
+    await site.process(web);
+    rmSync(site.topology.stateDir, { recursive: true });
+    await enrolled('later');
+    // Found again without a record.
+    await plane.label(site.path(web), { again: 'yes' });
+    const rows = async () =>
+      (await site.attachments()).map(({ name, role: what, state }) => `${name} ${what} ${state}`);
+    await until('both are in the new state', async () => (await rows()).length === 2, 20_000);
+    expect((await rows()).sort()).toEqual(['later pod attached', 'web pod attached']);
+  });
+
   test('a second agent on the node says so and ends; the first goes on', async () => {
     const first = site.startAgent();
     await site.untilReady();

@@ -66,7 +66,12 @@ function body(): string {
     const key = pick([...Object.keys(document), 'path', 'dev', 'ino', 'uid', '__proto__', 'constructor']);
     if (random(3) === 0) delete target[key];
     else
-      Object.defineProperty(target, key, { value: pick(VALUES), enumerable: true, configurable: true, writable: true });
+      Object.defineProperty(target, key, {
+        value: structuredClone(pick(VALUES)),
+        enumerable: true,
+        configurable: true,
+        writable: true,
+      });
   }
   return JSON.stringify(random(20) === 0 ? pick(VALUES) : document) ?? '';
 }

@@ -131,8 +131,6 @@ export class Truth {
   }
 
   async #suspects(state: State, records: readonly Recorded[]): Promise<Recorded[]> {
-    const { native } = this.#options;
-    const direct = new Set(native.listDirectFlows(state));
     const suspects: Recorded[] = [];
     let slice = performance.now();
     for (const recorded of records) {
@@ -141,7 +139,7 @@ export class Truth {
         slice = performance.now();
       }
       try {
-        if (this.#findings(state, recorded, direct).length > 0) suspects.push(recorded);
+        if (this.#findings(state, recorded).length > 0) suspects.push(recorded);
       } catch (error) {
         // One pod that cannot be looked at is no reason not to look at the others.
         this.#options.onUnrepaired(recorded.record, error as Error);
@@ -150,23 +148,9 @@ export class Truth {
     return suspects;
   }
 
-  #findings(state: State, { key, record }: Recorded, direct: ReadonlySet<number>): Finding[] {
+  #findings(state: State, { key, record }: Recorded): Finding[] {
     const { native, config } = this.#options;
-    const findings = verify(native, state, config, key, record);
-    if (
-      record.role === 'pod' &&
-      !direct.has(record.interfaceId) &&
-      !findings.some(({ kind }) => kind === 'interface')
-    ) {
-      findings.push({
-        code: 106,
-        kind: 'map',
-        object: `table of direct flows of ${record.hostIfname || record.ifname}`,
-        expected: 'one',
-        found: 'none',
-      });
-    }
-    return findings;
+    return verify(native, state, config, key, record);
   }
 
   async #repair(state: State, key: AttachmentKey): Promise<void> {
@@ -174,7 +158,7 @@ export class Truth {
     await new Promise(setImmediate);
     const record = native.getAttachment(state, key);
     if (record?.state !== 'attached' || isUninstalled(config.runDir)) return;
-    const findings = this.#findings(state, { key, record }, new Set(native.listDirectFlows(state)));
+    const findings = this.#findings(state, { key, record });
     if (findings.length === 0 || isDead(native, record)) return;
     const pod = describePod(record);
     for (const { kind, object, expected, found } of findings) onDrift({ kind, pod, object, expected, found });

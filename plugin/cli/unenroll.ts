@@ -2,6 +2,7 @@
 // `unenroll`: takes a running pod's programs away, at once or when the proxy has no connection of it any more. The pod stays recorded as one that is not enrolled, so that the
 // runtime's CHECK and DEL, and a later `enroll`, still know it.
 
+import { withdrawAttachment } from '../agent-client.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import { attach, describePod, detach, isSameNetns } from '../datapath.ts';
 import { beginDrain, endDrains, isDraining, proxiedConnections } from '../drain.ts';
@@ -22,7 +23,12 @@ export interface UnenrollOptions {
   drain?: boolean;
 }
 
-export function unenroll(native: Native, terminal: Terminal, settings: Settings, options: UnenrollOptions): 0 {
+export async function unenroll(
+  native: Native,
+  terminal: Terminal,
+  settings: Settings,
+  options: UnenrollOptions,
+): Promise<0> {
   const matches = selector(native, options);
   const found = recordsOf(native, settings).filter(({ record }) => record.role === 'pod' && matches(record));
   if (found.length === 0) {
@@ -40,6 +46,7 @@ export function unenroll(native: Native, terminal: Terminal, settings: Settings,
     }
     detach(native, dirs, key);
     remember(native, settings, key, record);
+    if (record.contract === 'in-pod') await tellAgent(terminal, dirs, record);
     terminal.out(
       `unenrolled ${describePod(record)}: ${record.ifname}${record.hostIfname === '' ? '' : ` through ${record.hostIfname}`}\n`,
     );
@@ -54,6 +61,16 @@ export function unenroll(native: Native, terminal: Terminal, settings: Settings,
     }
   }
   return 0;
+}
+
+/** The programs are gone either way; an agent that is not there finds out when it is back. */
+async function tellAgent(terminal: Terminal, dirs: Directories, record: AttachmentRecord): Promise<void> {
+  try {
+    await withdrawAttachment(dirs, record);
+  } catch (error) {
+    if (!(error instanceof CniError)) throw error;
+    terminal.err(`ztunnel hears later that ${describePod(record)} has left: ${error.message}\n`);
+  }
 }
 
 /** Sockets that are left; 0: it can be detached. */

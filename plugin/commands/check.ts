@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // CHECK: SPEC section "CHECK". Compares what ADD made with what is there; changes and repairs nothing.
 
-import { attachmentKey } from '../attachments.ts';
+import { attachmentKey, hex } from '../attachments.ts';
 import { formatAddress } from '../cni/address.ts';
 import type { Request } from '../cni/dispatch.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import { describePod, type Finding, verify } from '../datapath.ts';
 import { othersAt } from '../foreign.ts';
 import { createLog } from '../log.ts';
-import type { AttachmentRecord, Native, State } from '../native.ts';
+import type { AttachmentRecord, ExclusionRule, Native, State } from '../native.ts';
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
+import { exclusionRules } from '../redirect/exclusions.ts';
 import { assertOtherNetns, openSandbox } from '../sandbox.ts';
 import { knownStateDirs, openState, stepError } from '../state.ts';
 import { type Decision, decide } from './target.ts';
@@ -78,6 +79,7 @@ function checkState(native: Native, config: RedirectConfig, state: State, netns:
     });
   }
   findings.push(...missingAddresses(record, decision));
+  if (record.role === 'pod') findings.push(...missingExclusions(native, state, record, decision.config));
   findings.push(...verify(native, state, config, target.key, record));
   const [first] = findings;
   if (first === undefined) {
@@ -117,6 +119,23 @@ function missingAddresses(record: AttachmentRecord, { target }: Decision): Findi
           },
         ],
   );
+}
+
+/** `enroll` may have added some since ADD, so only those that the configuration and the annotations name count. */
+function missingExclusions(
+  native: Native,
+  state: State,
+  record: AttachmentRecord,
+  { exclude }: RedirectConfig,
+): Finding[] {
+  const id = ({ kind, value, length, excluded }: ExclusionRule) => `${kind} ${hex(value)}/${length} ${excluded}`;
+  const wanted = exclusionRules(exclude).map(id);
+  const present = new Set(native.getExclusions(state, record.hostIfindex).map(id));
+  const missing = wanted.filter((rule) => !present.has(rule));
+  if (missing.length === 0) return [];
+  const object = `exclusions of ${record.hostIfname}`;
+  const found = `without ${missing.length} of them`;
+  return [{ code: Code.ENTRY_MISMATCH, kind: 'map', object, expected: `${wanted.length} rules`, found }];
 }
 
 function withoutState(config: RedirectConfig): CniError {

@@ -29,7 +29,7 @@ import {
   REDIRECTION,
 } from './pods.ts';
 import { WorkQueue } from './queue.ts';
-import { type Attachment, Records } from './records.ts';
+import type { Attachment, PinnedState, Records } from './records.ts';
 import { mismatch, type Sandbox, type SandboxSource } from './sandboxes.ts';
 
 export type LogLine = (
@@ -44,7 +44,7 @@ export interface EnrollerOptions {
   enablementSelectors?: readonly EnablementSelector[] | undefined;
   /** name of the network in the conflist: part of an attachment's key */
   network: string;
-  state: State;
+  pinned: PinnedState;
   api: Api;
   nodeName: string;
   /** asked in this order for the sandbox of a pod without a record */
@@ -90,7 +90,6 @@ export class Enroller {
   /** of "attached", "drained", "detached", "annotated", "failed" */
   readonly counts = new Map<string, number>();
   readonly #options: EnrollerOptions;
-  readonly #records: Records;
   /** by UID; those of the API's copy */
   readonly #byUid = new Map<string, KubernetesPod>();
   /** by UID; deleted in the API, and not done with here */
@@ -106,8 +105,7 @@ export class Enroller {
 
   constructor(options: EnrollerOptions) {
     this.#options = options;
-    const { native, state, api, nodeName, log } = options;
-    this.#records = new Records(native, state);
+    const { api, nodeName, log } = options;
     this.pods = new Mirror({
       api,
       path: '/api/v1/pods',
@@ -264,7 +262,7 @@ export class Enroller {
     if (!this.pods.synced || !this.namespaces.synced) return;
     this.lookAtAll();
     const known = new Set([...this.#byUid.values()].flatMap(identitiesOf));
-    for (const { record } of this.#records.all()) {
+    for (const { record } of this.#options.pinned.current()?.records.all() ?? []) {
       if (record.podUid === '' || known.has(record.podUid) || this.#gone.has(record.podUid)) continue;
       this.queue.add(record.podUid);
     }
@@ -291,6 +289,13 @@ export class Enroller {
     });
   }
 
+  /** Throws NotYet if it is gone meanwhile. */
+  #state(): { state: State; records: Records } {
+    const opened = this.#options.pinned.current();
+    if (opened === null) throw new NotYet('uninstall has removed the state');
+    return opened;
+  }
+
   // ---- one pod ---------------------------------------------------------------------------------------------------
 
   /**
@@ -313,7 +318,12 @@ export class Enroller {
     }
     const namespace = this.namespaces.get(pod.namespace);
     if (namespace === undefined) throw new NotYet(`namespace ${pod.namespace} is not known yet`);
-    const attachments = this.#records.of(identitiesOf(pod));
+    const pinned = this.#options.pinned.current();
+    if (pinned === null) {
+      await this.#annotate(pod, null);
+      return;
+    }
+    const attachments = pinned.records.of(identitiesOf(pod));
     const interfaces = attachments.length > 0 ? attachments.map(({ record }) => record.ifname) : [INTERFACE];
     let enrolled = 0;
     for (const [i, ifname] of interfaces.entries()) {
@@ -340,7 +350,8 @@ export class Enroller {
     role: 'pod' | 'proxy',
     reason: string,
   ): Promise<boolean> {
-    const { native, state, config, log, announce, compare } = this.#options;
+    const { native, config, log, announce, compare } = this.#options;
+    const { state, records } = this.#state();
     // It runs in the pods themselves, and its own pod is one like any that is not enrolled.
     if (role === 'proxy' && config.proxy.contract === 'in-pod') return true;
     let record = attachment?.record;
@@ -380,7 +391,7 @@ export class Enroller {
         const target = this.#target(pod, place, ifname, role);
         record = attach(native, withWishes(config, wishes), { ...target, bypassInbound: wishes.bypassInbound });
         key = target.key;
-        this.#records.note(key, record);
+        records.note(key, record);
       } catch (error) {
         // What says "enabled" and is not makes every peer of the mesh fail.
         await this.#annotate(pod, null).catch(() => {});
@@ -459,7 +470,7 @@ export class Enroller {
 
   /** The annotation goes first; if it cannot, the pod leaves all the same, and the annotation is tried again. */
   async #leave(pod: KubernetesPod | null, attachment: Attachment, reason: string): Promise<void> {
-    const { native, state, config, log, onDetached } = this.#options;
+    const { native, config, log, onDetached } = this.#options;
     const { key, record } = attachment;
     const failure =
       pod === null
@@ -468,6 +479,7 @@ export class Enroller {
             () => null,
             (error: Error) => error,
           );
+    const { state } = this.#state();
     if (!isDraining(native, record)) {
       beginDrain(native, config, state, key, record);
       this.#count('drained');
@@ -490,7 +502,8 @@ export class Enroller {
 
   /** The plugin, which knows a name only, has taken a pod for the proxy that is none. */
   #dismiss({ key, record }: Attachment, reason: string): void {
-    const { native, state, config, log } = this.#options;
+    const { native, config, log } = this.#options;
+    const { state } = this.#state();
     detachRecord(native, config, state, key, record);
     const none = { state: 'recorded', role: 'none', flags: 0, hooks: [], programTag: '' } as const;
     native.putAttachment(state, key, { ...record, ...none, hooks: [] });
@@ -500,15 +513,17 @@ export class Enroller {
 
   /** A pod that the API does not have any more, or a record of one that this process has never seen. */
   async #forget(uid: string): Promise<void> {
-    const { native, state, config, api } = this.#options;
+    const { native, config, api, pinned } = this.#options;
+    if (pinned.current() === null) return;
     const gone = this.#gone.get(uid);
-    const attachments = this.#records.of(gone === undefined ? [uid] : identitiesOf(gone));
+    const uids = gone === undefined ? [uid] : identitiesOf(gone);
+    const attachments = this.#state().records.of(uids);
     for (const attachment of attachments) {
       const { key, record } = attachment;
       // A pod from a file is there without the API, too: its DEL says when it is not.
       if (gone === undefined && STATIC_UID.test(uid)) continue;
       if (isDead(native, record)) {
-        detachRecord(native, config, state, key, record);
+        detachRecord(native, config, this.#state().state, key, record);
         continue;
       }
       const path = `/api/v1/namespaces/${record.podNamespace}/pods/${record.podName}`;
@@ -516,7 +531,7 @@ export class Enroller {
       if (object !== null && identitiesOf(projectPod(object)).includes(record.podUid)) continue;
       if (record.role === 'pod') await this.#leave(null, attachment, 'the pod is gone');
     }
-    const left = this.#records.of(gone === undefined ? [uid] : identitiesOf(gone));
+    const left = this.#state().records.of(uids);
     if (!left.some(({ record }) => isDraining(native, record))) this.#gone.delete(uid);
   }
 

@@ -5,12 +5,12 @@ import { Counter, Gauge, Histogram } from 'prom-client';
 import { hex } from '../../attachments.ts';
 import { settingsOf } from '../../cli/directories.ts';
 import { CniError, Code } from '../../cni/errors.ts';
-import { ensurePrograms, ensureState } from '../../state.ts';
 import type { Agent } from '../agent.ts';
 import type { AgentSettings } from '../settings.ts';
 import { Api, type ClusterAccess } from './api.ts';
 import { CriSandboxes } from './cri.ts';
 import { Enroller } from './enroller.ts';
+import { PinnedState } from './records.ts';
 import { ProcessSandboxes } from './sandboxes.ts';
 
 const ACCOUNT = '/var/run/secrets/kubernetes.io/serviceaccount';
@@ -57,9 +57,8 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   }
   const { stateDir, runDir, conf, enablementSelectors } = settings;
   const { config, network } = settingsOf({ stateDir, runDir, ...(conf !== undefined && { conf }) });
-  const state = ensureState(native, config);
-  // Here, so that the first pod need not wait for the verifier.
-  ensurePrograms(native, state, config);
+  const pinned = new PinnedState(native, config);
+  pinned.current();
   const api = new Api(access);
   const latency = new Histogram({
     name: 'ambient_redirect_reconcile_seconds',
@@ -72,7 +71,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
     config,
     enablementSelectors,
     network,
-    state,
+    pinned,
     api,
     nodeName: settings.nodeName,
     sandboxes: [...criSandboxes(settings.criSocket), new ProcessSandboxes()],
@@ -115,9 +114,11 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
     start: () => enroller.start(),
     look: () => enroller.lookAtAll(),
     stop: async () => {
-      await enroller.stop();
+      const stopped = enroller.stop();
+      // What is asked of an API server that does not answer is not waited for.
       api.close();
-      native.closeState(state);
+      await stopped;
+      pinned.close();
     },
   };
 }

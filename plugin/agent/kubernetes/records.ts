@@ -2,12 +2,48 @@
 // Attachments by the pod's UID. The plugin writes them too, from processes of its own, so an entry is only a hint where
 // to look: what is returned was read from the map at that moment.
 
+import { statSync } from 'node:fs';
 import { hex } from '../../attachments.ts';
+import { isUninstalled } from '../../install/entry.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../../native.ts';
+import type { RedirectConfig } from '../../redirect/config.ts';
+import { ensurePrograms, ensureState } from '../../state.ts';
 
 export interface Attachment {
   key: AttachmentKey;
   record: AttachmentRecord;
+}
+
+/** The pinned state, opened anew when it is not the one that it was: uninstall and install may run beside the agent. */
+export class PinnedState {
+  readonly #native: Native;
+  readonly #config: RedirectConfig;
+  #opened: { state: State; ino: bigint; records: Records } | undefined;
+
+  constructor(native: Native, config: RedirectConfig) {
+    this.#native = native;
+    this.#config = config;
+  }
+
+  /** Made if it is missing; null after uninstall. Throws CniError 7, 102, 103, 104, 110. */
+  current(): { state: State; records: Records } | null {
+    const native = this.#native;
+    const { stateDir, runDir } = this.#config;
+    const ino = statSync(stateDir, { bigint: true, throwIfNoEntry: false })?.ino;
+    if (this.#opened !== undefined && this.#opened.ino === ino) return this.#opened;
+    this.close();
+    if (ino === undefined && isUninstalled(runDir)) return null;
+    const state = ensureState(native, this.#config);
+    // Here, so that the first pod need not wait for the verifier.
+    ensurePrograms(native, state, this.#config);
+    this.#opened = { state, ino: statSync(stateDir, { bigint: true }).ino, records: new Records(native, state) };
+    return this.#opened;
+  }
+
+  close(): void {
+    if (this.#opened !== undefined) this.#native.closeState(this.#opened.state);
+    this.#opened = undefined;
+  }
 }
 
 /** Reading all records again and again for pods that have none would cost the square of their number. */
