@@ -313,11 +313,10 @@ async function packetCosts(world: World, programs: Programs, rounds: number, inv
     const { address, port } = world.target(PORTS.echo, family);
     world.topology.testbed.start(world.clientCommand([programs.peer, 'hold', address, `${port}`, '1', '0', '3600000']));
     const { client, proxy } = world;
-    const pattern = `dport = :${port}`.split(' ');
     // The application's port, and inside a pod its proxy's, which alone has nobody opposite in the same namespace.
     let ends: number[] = [];
     await until(`a connection to ${address}`, () => {
-      const table = client.netns.run(['ss', `-${family}Htn`, 'state', 'established', ...pattern]);
+      const table = client.netns.run(['ss', `-${family}Htn`, 'state', 'established', 'dport', '=', `:${port}`]);
       ends = [...table.matchAll(/:(\d+)\s+\S+:\d+\s*$/gm)].map(([, end]) => Number(end));
       return ends.length === (proxy === undefined ? 2 : 1);
     });
