@@ -941,12 +941,24 @@ function removeFilter(native: Native, netns: number, hook: HookRecord): void {
   if (ours) native.deleteFilter(netns, hook.ifindex, hook.direction, filter);
 }
 
+/** A pod has few programs, each attached in some ten milliseconds. */
+const PIN_TRIES = 20;
+const PIN_WAIT_MS = 10;
+
 function removePins(native: Native, stateDir: string, key: AttachmentKey): boolean {
   const programs = Object.keys(native.programs) as HookRecord['program'][];
   const directory = linkDirectory(stateDir, key);
   let found = false;
-  for (const program of programs) found = native.detachLink(linkPin(stateDir, key, program)) || found;
-  return native.removeDirectory(directory) || found;
+  for (let tries = 1; ; tries++) {
+    for (const program of programs) found = native.detachLink(linkPin(stateDir, key, program)) || found;
+    try {
+      return native.removeDirectory(directory) || found;
+    } catch (error) {
+      // The agent may be attaching this very pod, which it has not been told is going: its pins go as they come.
+      if (!hasCode(error, 'ENOTEMPTY') || tries === PIN_TRIES) throw error;
+      Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, PIN_WAIT_MS);
+    }
+  }
 }
 
 function isSameHostLink(native: Native, record: AttachmentRecord): boolean {

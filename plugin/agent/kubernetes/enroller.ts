@@ -385,6 +385,8 @@ export class Enroller {
         throw new Error(`${finding.object}: expected ${finding.expected}, found ${finding.found}`);
       }
     } else {
+      // Not worth the while any more, and in the way of its DEL.
+      if (pod.deleting) return false;
       this.#tellGap(pod);
       const absent = this.#options.proxyAbsent?.() ?? null;
       if (absent !== null) {
