@@ -15,6 +15,7 @@ import type {
   EndpointRecord,
   HookRecord,
   LocalRoute,
+  Mac,
   Native,
   ProxyRecord,
   Rule,
@@ -1030,17 +1031,48 @@ export function verify(
 
 /** A plugin that follows in the chain may change it (tuning): then our programs take the pod's frames for another host's. */
 function verifyMac(native: Native, record: AttachmentRecord, findings: Finding[]): void {
-  inOwnNetns(native, record, (netns) => {
-    const link = native.linkByIndex(netns, record.podIfindex);
-    if (link === null || link.mac === record.podMac) return;
-    findings.push({
-      code: Code.ENTRY_MISMATCH,
-      kind: 'interface',
-      object: `MAC address of ${record.ifname} in ${record.netnsPath}`,
-      expected: record.podMac,
-      found: link.mac,
-    });
+  const found = podMacNow(native, record);
+  if (found === record.podMac) return;
+  findings.push({
+    code: Code.ENTRY_MISMATCH,
+    kind: 'interface',
+    object: `MAC address of ${record.ifname} in ${record.netnsPath}`,
+    expected: record.podMac,
+    found,
   });
+}
+
+/** The recorded one where the interface is gone. */
+function podMacNow(native: Native, record: AttachmentRecord): Mac {
+  let mac = record.podMac;
+  inOwnNetns(native, record, (netns) => {
+    mac = native.linkByIndex(netns, record.podIfindex)?.mac ?? mac;
+  });
+  return mac;
+}
+
+/**
+ * Has the programs know a pod by the MAC address that it has now. Returns the record as it is then; the same one where
+ * nothing was to be done.
+ */
+export function followMac(
+  native: Native,
+  state: State,
+  key: AttachmentKey,
+  record: AttachmentRecord,
+): AttachmentRecord {
+  if (record.role !== 'pod' || record.state !== 'attached') return record;
+  const podMac = podMacNow(native, record);
+  if (podMac === record.podMac) return record;
+  for (const address of record.addresses) {
+    const endpoint = native.getEndpoint(state, address);
+    if (endpoint?.ifindex === record.interfaceId) native.putEndpoint(state, address, { ...endpoint, podMac }, false);
+  }
+  const entry = native.getInterface(state, record.interfaceId);
+  if (entry !== null) native.putInterface(state, record.interfaceId, { ...entry, podMac });
+  const now = { ...record, podMac };
+  native.putAttachment(state, key, now);
+  return now;
 }
 
 /** What attach() has made itself. */
