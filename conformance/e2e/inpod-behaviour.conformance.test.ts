@@ -9,7 +9,7 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { loadNative } from '../../plugin/addon.ts';
 import { must, until } from '../netns.ts';
 import { Capture } from './capture.ts';
-import type { Connection, RawClient } from './endpoint.ts';
+import type { Connection, Endpoint, RawClient } from './endpoint.ts';
 import { ACK, SYN, tcpFrame } from './frames.ts';
 import { HAProxy } from './haproxy.ts';
 import { type Actor, APP, InPodMesh, InPodProxy } from './inpod.ts';
@@ -17,6 +17,8 @@ import { executable, type Family, families, type Pod } from './topology.ts';
 
 const EXCLUDED = 7001;
 const PROXY_MARK = 0x539;
+/** What a container has by default and what setting SO_MARK takes (5.17), and nothing else. */
+const NET_RAW_ONLY = ['--bounding-set=-all,+net_raw', '--inh-caps=-all,+net_raw'];
 const isDirect = (connection: Connection) => connection.seenPort === connection.localPort;
 const hooks = ['tcx', 'clsact'] as const;
 
@@ -145,6 +147,62 @@ describe.each(hooks)('the proxy’s mark, %s', (hook) => {
       });
       await mesh.topology.outsider.frame('eth0', old);
       await until('the answer on the host-side veth', () => sent() > before);
+    });
+
+    describe('by a process that has CAP_NET_RAW alone', () => {
+      let forger: Pod;
+      let within: Endpoint;
+      let alone: Endpoint;
+      let ofForger: Capture;
+      beforeAll(async () => {
+        const { topology } = mesh;
+        const status = topology.node.run(['setpriv', ...NET_RAW_ONLY, 'cat', '/proc/self/status']);
+        expect(status).toMatch(/^CapEff:\t0000000000002000$/m);
+        forger = topology.pod('forger', { enroll: true });
+        await topology.add(forger);
+        within = topology.endpoint(mesh.client.netns, 'beside the proxy', NET_RAW_ONLY);
+        alone = topology.endpoint(forger.netns, 'without a proxy', NET_RAW_ONLY);
+        ofForger = await mesh.capture(forger, 'forger');
+      });
+      const marked = () => ({ mark: PROXY_MARK, sourcePort: mesh.nextPort() });
+      const toApp = () => ofForger.packets(`tcp dst port ${APP}`).map(({ text }) => text);
+
+      test.each(families)('IPv%i: through the proxy like everything else', async (family) => {
+        const before = mesh.counters();
+        const forged = await within.connect(mesh.address('outsider', family), APP, marked());
+        expect(mesh.proxies.client.from(forged.localPort)[0]?.listener).toBe('outbound');
+        expect(isDirect(forged)).toBe(false);
+        await within.exchange(forged, 20_000);
+        expect(ofClient.packets(`tcp src port ${forged.localPort}`)).toEqual([]);
+        expect(mesh.moved(before, mesh.client)['inpod_egress redirected_outbound']).toBe(1);
+      });
+
+      test.each(families)('IPv%i: dropped where there is no proxy', async (family) => {
+        const before = mesh.counters();
+        const outsider = mesh.address('outsider', family);
+        await expect(alone.connect(outsider, APP, { ...marked(), timeout: 600 })).rejects.toMatchObject({
+          code: 'ETIMEDOUT',
+        });
+        expect(mesh.moved(before, forger)['inpod_egress drop_no_listener']).toBe(1);
+        expect(toApp()).toEqual([]);
+      });
+
+      test('a listener with the mark gets what its own pod sends, and can send nothing on', async () => {
+        await alone.listen(15001, PROXY_MARK, true);
+        for (const family of families) {
+          const outsider = mesh.address('outsider', family);
+          const seen = async () => (await mesh.topology.outsider.seen(APP, family)).length;
+          const before = await seen();
+          const taken = async () => (await alone.seen(15001, family)).map(([source, port]) => `${source} ${port}`);
+          const plain = await alone.connect(outsider, APP, { sourcePort: mesh.nextPort() });
+          const forged = await alone.connect(outsider, APP, marked());
+          const ports = [plain, forged].map(({ localPort }) => `${forger.addresses[family]} ${localPort}`);
+          expect(await taken()).toEqual(ports);
+          await alone.exchange(forged, 20_000);
+          expect(await seen()).toBe(before);
+        }
+        expect(toApp()).toEqual([]);
+      });
     });
 
     test('a cgroup that is not the proxy’s any more', async () => {
@@ -288,6 +346,67 @@ describe.each(hooks)('policies, exclusions and fragments, %s', (hook) => {
       await untilMoved(mesh, mesh.client, before, 'inpod_guard drop_vlan_tagged');
       expect(ofClient.lines('vlan and tcp dst port 1')).toEqual([]);
     });
+  });
+});
+
+describe.each(hooks)('two addresses of each family, DNS captured, %s', (hook) => {
+  let mesh: InPodMesh;
+  let pod: Pod;
+  let others: Record<Family, string>;
+
+  beforeAll(async () => {
+    mesh = await InPodMesh.start({ hook, entry: { dnsCapture: true } });
+    const { topology } = mesh;
+    pod = topology.pod('two', { enroll: true });
+    await topology.addPrimary(pod);
+    others = { 4: '10.88.0.201', 6: 'fd88::c9' };
+    pod.netns.ip('address', 'add', `${others[4]}/32`, 'dev', 'eth0');
+    pod.netns.ip('address', 'add', `${others[6]}/128`, 'dev', 'eth0', 'nodad');
+    for (const family of families) topology.node.ip('route', 'add', others[family], 'dev', pod.hostIfname);
+    await topology.addOurs(pod);
+    await pod.endpoint.listen(APP);
+    await new InPodProxy(topology, pod).start();
+  });
+  afterAll(() => mesh?.close());
+
+  test.each(families)('IPv%i: each query is answered to the address that asked', async (family) => {
+    const resolver = mesh.address('outsider', family);
+    const sourcePort = mesh.nextPort();
+    const capture = await mesh.capture(pod, `two${family}`);
+    const before = mesh.counters();
+    let id = 0;
+    // Of the same port one after the other: what was kept for one address is not taken for the next.
+    for (const source of [others[family], pod.addresses[family], others[family], pod.addresses[family]]) {
+      id += 1;
+      expect(await pod.endpoint.dns([[resolver, 'a.test', id]], { source, sourcePort })).toEqual([
+        [resolver, id, `udp ${resolver}`],
+      ]);
+      const tcp = await pod.endpoint.dns([[resolver, 'a.test', id]], { source, transport: 'tcp' });
+      expect(tcp).toEqual([[resolver, id, `tcp ${resolver}`]]);
+      const [large] = await pod.endpoint.dns([[resolver, '4000.big', id]], { source });
+      expect(large).toEqual([resolver, id, 'x'.repeat(4000)]);
+    }
+    // At once, of ports of their own.
+    const both = [others[family], pod.addresses[family]].map((source, at) =>
+      pod.endpoint.dns([[resolver, 'a.test', 20 + at]], { source }),
+    );
+    expect(await Promise.all(both)).toEqual([20, 21].map((one) => [[resolver, one, `udp ${resolver}`]]));
+    expect(dropped(mesh.moved(before, pod))).toEqual([]);
+    expect(capture.lines('port 53')).toEqual([]);
+  });
+
+  test.each(families)('IPv%i: connections from and to both are proxied', async (family) => {
+    for (const address of [others[family], pod.addresses[family]]) {
+      const out = await pod.endpoint.connect(mesh.address('outsider', family), APP, {
+        source: address,
+        sourcePort: mesh.nextPort(),
+      });
+      expect(isDirect(out)).toBe(false);
+      await pod.endpoint.exchange(out, 20_000);
+      const within = await mesh.connect('outsider', address);
+      expect([within.seen, isDirect(within)]).toEqual([mesh.address('outsider', family), false]);
+      await mesh.exchanged(within, 'outsider');
+    }
   });
 });
 
