@@ -7,6 +7,7 @@ import { mkdirSync, rmdirSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { loadNative } from '../../plugin/addon.ts';
+import { Foreign } from '../coexistence/foreign.ts';
 import { must, until } from '../netns.ts';
 import { Capture } from './capture.ts';
 import type { Connection, Endpoint, RawClient } from './endpoint.ts';
@@ -499,6 +500,65 @@ describe('enrolling, draining, CHECK', () => {
       await again();
       expect(await checked()).toBeNull();
     });
+  });
+});
+
+describe.each(hooks)('somebody else’s programs inside the pod, %s', (hook) => {
+  let mesh: InPodMesh;
+  const named = async () => {
+    const { stdout } = await mesh.command('doctor', '--conf-dir', '/nowhere', '-o', 'json');
+    const { findings } = JSON.parse(stdout) as { findings: { level: string; subject: string; text: string }[] };
+    return findings
+      .filter(({ text }) => text.includes('foreign_'))
+      .map(({ level, subject, text }) => `${level}: ${subject}: ${text}`.replace(/program \d+/, 'program N'));
+  };
+  const checked = async (): Promise<string> => {
+    const { topology, client } = mesh;
+    const outcome = await topology.node.exec([executable], {
+      env: topology.environment('CHECK', client),
+      input: JSON.stringify(topology.entry(client)),
+    });
+    expect(outcome).toMatchObject({ status: 0, stdout: '' });
+    return outcome.stderr;
+  };
+
+  beforeAll(async () => {
+    mesh = await InPodMesh.start({ hook });
+    await mesh.proxies.client.start();
+  });
+  afterAll(() => mesh?.close());
+
+  test('named by doctor, and by CHECK if ahead of ours, with the namespace', async () => {
+    expect(await named()).toEqual([]);
+    expect(await checked()).toBe('');
+    const { netns } = mesh.client;
+    const place = `eth0 in ${netns.path}`;
+    const foreign = new Foreign(mesh.topology.testbed, netns, mesh.topology.bpffs);
+    const [link] = JSON.parse(netns.ip('-j', 'link', 'show', 'dev', 'eth0')) as { ifindex: number }[];
+    const ahead = 'runs before ours; what it ends the chain for (TC_ACT_OK) is not redirected';
+    const behind = 'is there too; ours lets on whatever it does not redirect or drop';
+    const both = (level: string, program: string, text: string) =>
+      ['egress', 'ingress'].map(
+        (direction) => `${level}: ${direction} of ${place}: TCX program N (${program}) ${text}`,
+      );
+
+    foreign.tcx(link?.ifindex ?? 0, 'foreign_pass', 'last');
+    expect(isDirect(await mesh.connect('client', mesh.address('outsider', 4)))).toBe(false);
+    // Every TCX program runs before a filter.
+    const first = hook === 'tcx' ? both('note', 'foreign_pass', behind) : both('warning', 'foreign_pass', ahead);
+    expect((await named()).sort()).toEqual(first);
+    expect((await checked()) === '').toBe(hook === 'tcx');
+
+    foreign.tcx(link?.ifindex ?? 0, 'foreign_ok', 'first');
+    // Nothing is looped any more, and inpod_guard lets nothing out that was not judged.
+    const before = mesh.counters();
+    expect(await mesh.refused('client', mesh.address('outsider', 4))).toBe('ETIMEDOUT');
+    expect(mesh.moved(before, mesh.client)).toEqual({ 'inpod_guard drop_unjudged': 1 });
+    expect((await named()).sort()).toEqual([...first, ...both('warning', 'foreign_ok', ahead)].sort());
+    const said = await checked();
+    for (const direction of ['ingress', 'egress']) {
+      expect(said).toMatch(new RegExp(`warn: ${direction} of ${place}: TCX program \\d+ .foreign_ok. runs before`));
+    }
   });
 });
 
