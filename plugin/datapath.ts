@@ -724,6 +724,9 @@ function makeLinkDirectory({ native, config, target, undo }: Attachment): void {
   if (native.makeDirectory(directory, 0o700)) undo.push(() => native.removeDirectory(directory));
 }
 
+/** lo, in every namespace. */
+const LOOPBACK_IFINDEX = 1;
+
 /** What makes a foreign destination local for signed or looped frames, in the proxy's namespace only. */
 function routing(config: RedirectConfig): { rules: Rule[]; routes: LocalRoute[] } {
   const families = [4, 6] as const;
@@ -759,11 +762,12 @@ function addRouting({ native, config, netns, undo, target, facts, record, previo
       if (!native.addRule(netns, rule)) undo.pop();
     }
   } catch (error) {
-    throw stepError(
-      Code.ATTACH_FAILED,
-      `add rule and route, and set up ${facts.pod.name}, in ${target.netnsPath}`,
-      error,
-    );
+    const step = `add rule and route, and set up ${facts.pod.name}, in ${target.netnsPath}`;
+    const failure = stepError(Code.ATTACH_FAILED, step, error);
+    if (!hasCode(error, 'ENETDOWN') || native.linkByIndex(netns, LOOPBACK_IFINDEX)?.up !== false) throw failure;
+    const why =
+      'lo is down there, by which the route takes packets to the proxy; whoever makes the pod has to bring it up';
+    throw new CniError(failure.code, failure.msg, `${failure.details}; ${why}`, { cause: error });
   }
 }
 

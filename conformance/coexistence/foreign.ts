@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Programs of somebody else on a pod's host-side interface, put there with tc(8) or as TCX links.
+// Programs of somebody else on a pod's interface, host-side or inside, put there with tc(8) or as TCX links.
 
 import { mkdirSync } from 'node:fs';
 import { join } from 'node:path';
@@ -13,13 +13,13 @@ export type ForeignProgram = 'foreign_pass' | 'foreign_ok';
 
 export class Foreign {
   readonly #native: Native = loadNative();
-  readonly #node: Namespace;
+  readonly #namespace: Namespace;
   readonly #directory: string;
   #links = 0;
 
   /** Compiles and loads them; `bpffs` gets a directory "foreign" with their pins. */
-  constructor(testbed: Testbed, node: Namespace, bpffs: string) {
-    this.#node = node;
+  constructor(testbed: Testbed, namespace: Namespace, bpffs: string) {
+    this.#namespace = namespace;
     this.#directory = join(bpffs, 'foreign');
     const object = join(testbed.directory('foreign'), 'foreign.bpf.o');
     const include = ['-I', `/usr/include/${must(['gcc', '-print-multiarch']).trim()}`];
@@ -34,19 +34,19 @@ export class Foreign {
    * at priority 2, as bandwidth's own filter (u32) has the first, and a priority takes one kind.
    */
   filter(ifname: string, program: ForeignProgram, handle = 1): void {
-    const qdiscs = JSON.parse(this.#node.run(['tc', '-j', 'qdisc', 'show', 'dev', ifname])) as { kind: string }[];
+    const qdiscs = JSON.parse(this.#namespace.run(['tc', '-j', 'qdisc', 'show', 'dev', ifname])) as { kind: string }[];
     const has = (kind: string) => qdiscs.some((one) => one.kind === kind);
-    if (!has('ingress') && !has('clsact')) this.#node.run(['tc', 'qdisc', 'add', 'dev', ifname, 'clsact']);
+    if (!has('ingress') && !has('clsact')) this.#namespace.run(['tc', 'qdisc', 'add', 'dev', ifname, 'clsact']);
     for (const direction of has('ingress') ? (['ingress'] as const) : directions) {
       const place = ['dev', ifname, direction, 'prio', has('ingress') ? '2' : '1', 'handle', String(handle)];
       const what = ['bpf', 'direct-action', 'object-pinned', join(this.#directory, program)];
-      this.#node.run(['tc', 'filter', 'add', ...place, ...what]);
+      this.#namespace.run(['tc', 'filter', 'add', ...place, ...what]);
     }
   }
 
   /** TCX links on both hooks, ahead of everything there or behind it. */
   tcx(ifindex: number, program: ForeignProgram, order: 'first' | 'last'): void {
-    const netns = this.#native.openNetns(this.#node.path);
+    const netns = this.#native.openNetns(this.#namespace.path);
     const fd = this.#native.openProgram(join(this.#directory, program));
     try {
       for (const direction of directions) {

@@ -43,13 +43,17 @@ def plain(address):
 
 
 class Server(threading.Thread):
-    def __init__(self, address, port, mark=0):
+    def __init__(self, address, port, mark=0, transparent=False):
         super().__init__(daemon=True)
         family = family_of(address)
         self.listener = socket.socket(family, socket.SOCK_STREAM)
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if mark:
             self.listener.setsockopt(socket.SOL_SOCKET, 36, mark)  # SO_MARK
+        if transparent and family == socket.AF_INET6:
+            self.listener.setsockopt(socket.IPPROTO_IPV6, 75, 1)  # IPV6_TRANSPARENT
+        elif transparent:
+            self.listener.setsockopt(socket.SOL_IP, 19, 1)  # IP_TRANSPARENT
         if family == socket.AF_INET6:
             self.listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         self.listener.bind((address, port))
@@ -123,8 +127,8 @@ def read_line(connection):
     return line.decode().strip()
 
 
-def listen(address, port, mark=0):
-    server = Server(address, port, mark)
+def listen(address, port, mark=0, transparent=False):
+    server = Server(address, port, mark, transparent)
     server.start()
     servers[server.listener.getsockname()[1], family_of(address)] = server
     return {"port": server.listener.getsockname()[1]}
@@ -509,7 +513,7 @@ def txt(message):
     return text.decode()
 
 
-def dns(questions, sourcePort=0, transport="udp", timeout=2000, checksum=True):
+def dns(questions, source=None, sourcePort=0, transport="udp", timeout=2000, checksum=True):
     """Asks [[resolver, name, id], ...] from one socket; returns [[resolver that answered, id, text], ...]."""
     family = family_of(questions[0][0])
     wildcard = "::" if family == socket.AF_INET6 else "0.0.0.0"
@@ -518,6 +522,7 @@ def dns(questions, sourcePort=0, transport="udp", timeout=2000, checksum=True):
         for resolver, name, id in questions:
             with socket.socket(family, socket.SOCK_STREAM) as client:
                 client.settimeout(timeout / 1000)
+                client.bind(target(source or wildcard, sourcePort))
                 client.connect(target(resolver, 53))
                 message = question(name, id)
                 client.sendall(struct.pack("!H", len(message)) + message)
@@ -528,7 +533,7 @@ def dns(questions, sourcePort=0, transport="udp", timeout=2000, checksum=True):
     with socket.socket(family, socket.SOCK_DGRAM) as client:
         if not checksum:
             client.setsockopt(socket.SOL_SOCKET, 11, 1)  # SO_NO_CHECK, IPv4 only
-        client.bind(target(wildcard, sourcePort))
+        client.bind(target(source or wildcard, sourcePort))
         client.settimeout(timeout / 1000)
         for resolver, name, id in questions:
             client.sendto(question(name, id), target(resolver, 53))

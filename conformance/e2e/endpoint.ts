@@ -92,9 +92,11 @@ export class Endpoint {
   #last = 0;
   #stderr = '';
 
-  constructor(testbed: Testbed, namespace: Namespace, label: string) {
+  /** `privileges`: options of setpriv(1). */
+  constructor(testbed: Testbed, namespace: Namespace, label: string, privileges: readonly string[] = []) {
     this.label = label;
-    const [file = '', ...rest] = namespace.argv(['setpriv', '--pdeathsig', 'KILL', '--', '/usr/bin/python3', program]);
+    const setpriv = ['setpriv', '--pdeathsig', 'KILL', ...privileges, '--'];
+    const [file = '', ...rest] = namespace.argv([...setpriv, '/usr/bin/python3', program]);
     this.#child = spawn(file, rest, { stdio: ['pipe', 'pipe', 'pipe'] });
     testbed.defer(() => this.#child.kill('SIGKILL'));
     this.#child.stderr?.setEncoding('utf8').on('data', (text: string) => {
@@ -127,11 +129,11 @@ export class Endpoint {
     return promise as Promise<T>;
   }
 
-  /** Listens on all addresses of both families. `mark`: SO_MARK. */
-  async listen(port: number, mark = 0): Promise<void> {
+  /** Listens on all addresses of both families. `mark`: SO_MARK; `transparent`: IP_TRANSPARENT. */
+  async listen(port: number, mark = 0, transparent = false): Promise<void> {
     await Promise.all([
-      this.#call('listen', { address: '0.0.0.0', port, mark }),
-      this.#call('listen', { address: '::', port, mark }),
+      this.#call('listen', { address: '0.0.0.0', port, mark, transparent }),
+      this.#call('listen', { address: '::', port, mark, transparent }),
     ]);
   }
 
@@ -241,7 +243,13 @@ export class Endpoint {
   /** Asks resolvers from one socket. A question: [resolver, name, transaction id]. Answers as they come. */
   async dns(
     questions: readonly [resolver: string, name: string, id: number][],
-    options: { sourcePort?: number; transport?: 'udp' | 'tcp'; timeout?: number; checksum?: boolean } = {},
+    options: {
+      source?: string;
+      sourcePort?: number;
+      transport?: 'udp' | 'tcp';
+      timeout?: number;
+      checksum?: boolean;
+    } = {},
   ): Promise<[resolver: string, id: number, text: string][]> {
     return (await this.#call<{ answers: [string, number, string][] }>('dns', { questions, ...options })).answers;
   }

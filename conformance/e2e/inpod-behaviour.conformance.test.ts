@@ -7,9 +7,10 @@ import { mkdirSync, rmdirSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { loadNative } from '../../plugin/addon.ts';
+import { Foreign } from '../coexistence/foreign.ts';
 import { must, until } from '../netns.ts';
 import { Capture } from './capture.ts';
-import type { Connection, RawClient } from './endpoint.ts';
+import type { Connection, Endpoint, RawClient } from './endpoint.ts';
 import { ACK, SYN, tcpFrame } from './frames.ts';
 import { HAProxy } from './haproxy.ts';
 import { type Actor, APP, InPodMesh, InPodProxy } from './inpod.ts';
@@ -17,6 +18,8 @@ import { executable, type Family, families, type Pod } from './topology.ts';
 
 const EXCLUDED = 7001;
 const PROXY_MARK = 0x539;
+/** What a container has by default and what setting SO_MARK takes (5.17), and nothing else. */
+const NET_RAW_ONLY = ['--bounding-set=-all,+net_raw', '--inh-caps=-all,+net_raw'];
 const isDirect = (connection: Connection) => connection.seenPort === connection.localPort;
 const hooks = ['tcx', 'clsact'] as const;
 
@@ -145,6 +148,62 @@ describe.each(hooks)('the proxy’s mark, %s', (hook) => {
       });
       await mesh.topology.outsider.frame('eth0', old);
       await until('the answer on the host-side veth', () => sent() > before);
+    });
+
+    describe('by a process that has CAP_NET_RAW alone', () => {
+      let forger: Pod;
+      let within: Endpoint;
+      let alone: Endpoint;
+      let ofForger: Capture;
+      beforeAll(async () => {
+        const { topology } = mesh;
+        const status = topology.node.run(['setpriv', ...NET_RAW_ONLY, 'cat', '/proc/self/status']);
+        expect(status).toMatch(/^CapEff:\t0000000000002000$/m);
+        forger = topology.pod('forger', { enroll: true });
+        await topology.add(forger);
+        within = topology.endpoint(mesh.client.netns, 'beside the proxy', NET_RAW_ONLY);
+        alone = topology.endpoint(forger.netns, 'without a proxy', NET_RAW_ONLY);
+        ofForger = await mesh.capture(forger, 'forger');
+      });
+      const marked = () => ({ mark: PROXY_MARK, sourcePort: mesh.nextPort() });
+      const toApp = () => ofForger.packets(`tcp dst port ${APP}`).map(({ text }) => text);
+
+      test.each(families)('IPv%i: through the proxy like everything else', async (family) => {
+        const before = mesh.counters();
+        const forged = await within.connect(mesh.address('outsider', family), APP, marked());
+        expect(mesh.proxies.client.from(forged.localPort)[0]?.listener).toBe('outbound');
+        expect(isDirect(forged)).toBe(false);
+        await within.exchange(forged, 20_000);
+        expect(ofClient.packets(`tcp src port ${forged.localPort}`)).toEqual([]);
+        expect(mesh.moved(before, mesh.client)['inpod_egress redirected_outbound']).toBe(1);
+      });
+
+      test.each(families)('IPv%i: dropped where there is no proxy', async (family) => {
+        const before = mesh.counters();
+        const outsider = mesh.address('outsider', family);
+        await expect(alone.connect(outsider, APP, { ...marked(), timeout: 600 })).rejects.toMatchObject({
+          code: 'ETIMEDOUT',
+        });
+        expect(mesh.moved(before, forger)['inpod_egress drop_no_listener']).toBe(1);
+        expect(toApp()).toEqual([]);
+      });
+
+      test('a listener with the mark gets what its own pod sends, and can send nothing on', async () => {
+        await alone.listen(15001, PROXY_MARK, true);
+        for (const family of families) {
+          const outsider = mesh.address('outsider', family);
+          const seen = async () => (await mesh.topology.outsider.seen(APP, family)).length;
+          const before = await seen();
+          const taken = async () => (await alone.seen(15001, family)).map(([source, port]) => `${source} ${port}`);
+          const plain = await alone.connect(outsider, APP, { sourcePort: mesh.nextPort() });
+          const forged = await alone.connect(outsider, APP, marked());
+          const ports = [plain, forged].map(({ localPort }) => `${forger.addresses[family]} ${localPort}`);
+          expect(await taken()).toEqual(ports);
+          await alone.exchange(forged, 20_000);
+          expect(await seen()).toBe(before);
+        }
+        expect(toApp()).toEqual([]);
+      });
     });
 
     test('a cgroup that is not the proxy’s any more', async () => {
@@ -291,6 +350,67 @@ describe.each(hooks)('policies, exclusions and fragments, %s', (hook) => {
   });
 });
 
+describe.each(hooks)('two addresses of each family, DNS captured, %s', (hook) => {
+  let mesh: InPodMesh;
+  let pod: Pod;
+  let others: Record<Family, string>;
+
+  beforeAll(async () => {
+    mesh = await InPodMesh.start({ hook, entry: { dnsCapture: true } });
+    const { topology } = mesh;
+    pod = topology.pod('two', { enroll: true });
+    await topology.addPrimary(pod);
+    others = { 4: '10.88.0.201', 6: 'fd88::c9' };
+    pod.netns.ip('address', 'add', `${others[4]}/32`, 'dev', 'eth0');
+    pod.netns.ip('address', 'add', `${others[6]}/128`, 'dev', 'eth0', 'nodad');
+    for (const family of families) topology.node.ip('route', 'add', others[family], 'dev', pod.hostIfname);
+    await topology.addOurs(pod);
+    await pod.endpoint.listen(APP);
+    await new InPodProxy(topology, pod).start();
+  });
+  afterAll(() => mesh?.close());
+
+  test.each(families)('IPv%i: each query is answered to the address that asked', async (family) => {
+    const resolver = mesh.address('outsider', family);
+    const sourcePort = mesh.nextPort();
+    const capture = await mesh.capture(pod, `two${family}`);
+    const before = mesh.counters();
+    let id = 0;
+    // Of the same port one after the other: what was kept for one address is not taken for the next.
+    for (const source of [others[family], pod.addresses[family], others[family], pod.addresses[family]]) {
+      id += 1;
+      expect(await pod.endpoint.dns([[resolver, 'a.test', id]], { source, sourcePort })).toEqual([
+        [resolver, id, `udp ${resolver}`],
+      ]);
+      const tcp = await pod.endpoint.dns([[resolver, 'a.test', id]], { source, transport: 'tcp' });
+      expect(tcp).toEqual([[resolver, id, `tcp ${resolver}`]]);
+      const [large] = await pod.endpoint.dns([[resolver, '4000.big', id]], { source });
+      expect(large).toEqual([resolver, id, 'x'.repeat(4000)]);
+    }
+    // At once, of ports of their own.
+    const both = [others[family], pod.addresses[family]].map((source, at) =>
+      pod.endpoint.dns([[resolver, 'a.test', 20 + at]], { source }),
+    );
+    expect(await Promise.all(both)).toEqual([20, 21].map((one) => [[resolver, one, `udp ${resolver}`]]));
+    expect(dropped(mesh.moved(before, pod))).toEqual([]);
+    expect(capture.lines('port 53')).toEqual([]);
+  });
+
+  test.each(families)('IPv%i: connections from and to both are proxied', async (family) => {
+    for (const address of [others[family], pod.addresses[family]]) {
+      const out = await pod.endpoint.connect(mesh.address('outsider', family), APP, {
+        source: address,
+        sourcePort: mesh.nextPort(),
+      });
+      expect(isDirect(out)).toBe(false);
+      await pod.endpoint.exchange(out, 20_000);
+      const within = await mesh.connect('outsider', address);
+      expect([within.seen, isDirect(within)]).toEqual([mesh.address('outsider', family), false]);
+      await mesh.exchanged(within, 'outsider');
+    }
+  });
+});
+
 describe('enrolling, draining, CHECK', () => {
   let mesh: InPodMesh;
   let proxy: InPodProxy;
@@ -380,6 +500,65 @@ describe('enrolling, draining, CHECK', () => {
       await again();
       expect(await checked()).toBeNull();
     });
+  });
+});
+
+describe.each(hooks)('somebody else’s programs inside the pod, %s', (hook) => {
+  let mesh: InPodMesh;
+  const named = async () => {
+    const { stdout } = await mesh.command('doctor', '--conf-dir', '/nowhere', '-o', 'json');
+    const { findings } = JSON.parse(stdout) as { findings: { level: string; subject: string; text: string }[] };
+    return findings
+      .filter(({ text }) => text.includes('foreign_'))
+      .map(({ level, subject, text }) => `${level}: ${subject}: ${text}`.replace(/program \d+/, 'program N'));
+  };
+  const checked = async (): Promise<string> => {
+    const { topology, client } = mesh;
+    const outcome = await topology.node.exec([executable], {
+      env: topology.environment('CHECK', client),
+      input: JSON.stringify(topology.entry(client)),
+    });
+    expect(outcome).toMatchObject({ status: 0, stdout: '' });
+    return outcome.stderr;
+  };
+
+  beforeAll(async () => {
+    mesh = await InPodMesh.start({ hook });
+    await mesh.proxies.client.start();
+  });
+  afterAll(() => mesh?.close());
+
+  test('named by doctor, and by CHECK if ahead of ours, with the namespace', async () => {
+    expect(await named()).toEqual([]);
+    expect(await checked()).toBe('');
+    const { netns } = mesh.client;
+    const place = `eth0 in ${netns.path}`;
+    const foreign = new Foreign(mesh.topology.testbed, netns, mesh.topology.bpffs);
+    const [link] = JSON.parse(netns.ip('-j', 'link', 'show', 'dev', 'eth0')) as { ifindex: number }[];
+    const ahead = 'runs before ours; what it ends the chain for (TC_ACT_OK) is not redirected';
+    const behind = 'is there too; ours lets on whatever it does not redirect or drop';
+    const both = (level: string, program: string, text: string) =>
+      ['egress', 'ingress'].map(
+        (direction) => `${level}: ${direction} of ${place}: TCX program N (${program}) ${text}`,
+      );
+
+    foreign.tcx(link?.ifindex ?? 0, 'foreign_pass', 'last');
+    expect(isDirect(await mesh.connect('client', mesh.address('outsider', 4)))).toBe(false);
+    // Every TCX program runs before a filter.
+    const first = hook === 'tcx' ? both('note', 'foreign_pass', behind) : both('warning', 'foreign_pass', ahead);
+    expect((await named()).sort()).toEqual(first);
+    expect((await checked()) === '').toBe(hook === 'tcx');
+
+    foreign.tcx(link?.ifindex ?? 0, 'foreign_ok', 'first');
+    // Nothing is looped any more, and inpod_guard lets nothing out that was not judged.
+    const before = mesh.counters();
+    expect(await mesh.refused('client', mesh.address('outsider', 4))).toBe('ETIMEDOUT');
+    expect(mesh.moved(before, mesh.client)).toEqual({ 'inpod_guard drop_unjudged': 1 });
+    expect((await named()).sort()).toEqual([...first, ...both('warning', 'foreign_ok', ahead)].sort());
+    const said = await checked();
+    for (const direction of ['ingress', 'egress']) {
+      expect(said).toMatch(new RegExp(`warn: ${direction} of ${place}: TCX program \\d+ .foreign_ok. runs before`));
+    }
   });
 });
 

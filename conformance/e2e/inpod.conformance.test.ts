@@ -11,7 +11,7 @@ import { sign } from './counters.ts';
 import { type Connection, EndpointError } from './endpoint.ts';
 import { ACK, macText, SYN, tcpFrame } from './frames.ts';
 import { type Actor, APP, InPodMesh, ONE_SYN } from './inpod.ts';
-import { type Family, families, type Pod, type TopologyOptions } from './topology.ts';
+import { type Family, families, type Pod, sysctl, type TopologyOptions } from './topology.ts';
 
 const topologies: Pick<TopologyOptions, 'primary' | 'hook' | 'rpFilter'>[] = [
   { primary: 'ptp', hook: 'tcx', rpFilter: 1 },
@@ -205,6 +205,38 @@ describe.each(topologies)('in-pod, $primary, $hook, rp_filter $rpFilter', (optio
       const moved = mesh.moved(before, mesh.client);
       expect((moved['inpod_ingress proxy_assigned'] ?? 0) + (moved['inpod_ingress proxy_time_wait'] ?? 0)).toBe(3);
       expect(moved['inpod_ingress proxy_time_wait']).toBeGreaterThan(0);
+    });
+
+    test.each(families)('IPv%i: many at once by SYN cookies: none lost, none leaked', async (family) => {
+      const count = 100;
+      const pods = [mesh.client, mesh.server];
+      for (const { netns } of pods) sysctl(netns, { 'net.ipv4.tcp_syncookies': 2 });
+      try {
+        const { outsider } = mesh.topology;
+        const before = mesh.counters();
+        const [served, proxiedBefore] = [await outsider.seen(APP, family), mesh.proxies.client.proxied().length];
+        const out = await mesh.client.endpoint.many(mesh.address('outsider', family), APP, count, 20_000);
+        expect(out).toEqual({ answered: count, failures: {}, sources: [mesh.address('client', family)] });
+        const asked = mesh.proxies.client.proxied().slice(proxiedBefore);
+        expect(asked.map(({ listener }) => listener)).toEqual(Array(count).fill('outbound'));
+        const direct = new Set(asked.map(({ sourcePort }) => sourcePort));
+        const seen = (await outsider.seen(APP, family)).slice(served.length);
+        expect(seen).toHaveLength(count);
+        expect(seen.filter(([, port]) => direct.has(port))).toEqual([]);
+        const outbound = mesh.moved(before, mesh.client);
+        expect(outbound['inpod_egress redirected_outbound']).toBe(count);
+        expect(outbound['inpod_egress to_proxy_cookie']).toBeGreaterThanOrEqual(count);
+        const within = await outsider.many(mesh.address('server', family), APP, count, 20_000);
+        expect(within).toEqual({ answered: count, failures: {}, sources: [mesh.address('outsider', family)] });
+        const inbound = mesh.moved(before, mesh.server);
+        expect(inbound['inpod_ingress redirected_inbound']).toBe(count);
+        expect(inbound['inpod_ingress to_proxy_cookie']).toBeGreaterThanOrEqual(count);
+        for (const pod of pods) {
+          expect(Object.keys(mesh.moved(before, pod)).filter((key) => key.includes('drop_'))).toEqual([]);
+        }
+      } finally {
+        for (const { netns } of pods) sysctl(netns, { 'net.ipv4.tcp_syncookies': 1 });
+      }
     });
 
     test.each(families)('IPv%i: DNS over UDP and TCP, from the resolver that was asked', async (family) => {

@@ -151,8 +151,8 @@ export class Topology {
   }
 
   /** A process that acts in a namespace of this topology. */
-  endpoint(namespace: Namespace, label: string): Endpoint {
-    return new Endpoint(this.testbed, namespace, label);
+  endpoint(namespace: Namespace, label: string, privileges: readonly string[] = []): Endpoint {
+    return new Endpoint(this.testbed, namespace, label, privileges);
   }
 
   /** A pod's namespace and its endpoint process; not on the network yet. */

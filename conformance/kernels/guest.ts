@@ -5,6 +5,7 @@
 
 import { readFileSync } from 'node:fs';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { acknowledge } from '../e2e/inpod.ts';
 import { executable, type Pod, Topology } from '../e2e/topology.ts';
 import { everyWay, type Site } from '../e2e/ways.ts';
 import { exec, type Outcome } from '../netns.ts';
@@ -34,19 +35,32 @@ describe('doctor', () => {
   });
 });
 
-describe('demo', () => {
+describe.each(['shared', 'in-pod'])('demo: %s', (contract) => {
   test('every row is right', async () => {
-    const { status, stdout } = await exec([executable, 'demo'], { timeout: 60_000 });
-    expect(stdout).toMatch(/\n18 of 18 rows right\.\n$/);
+    const { status, stdout, stderr } = await exec([executable, 'demo', '--contract', contract], { timeout: 60_000 });
+    expect(stdout, stderr).toMatch(/\n(\d+) of \1 rows right\.\n$/);
     expect(status).toBe(0);
   });
 });
 
-describe.each([...new Set(sites.map(({ hook }) => hook))])('ADD, CHECK, DEL: %s', (hook) => {
+const ATTACHED = {
+  shared: ['pod_egress', 'pod_ingress'],
+  // In the pod's namespace, and on its host-side interface.
+  'in-pod': ['inpod_egress', 'inpod_guard', 'inpod_ingress', 'inpod_sign'],
+};
+
+describe.each(
+  [...new Set(sites.map(({ hook }) => hook))].flatMap((hook) => [
+    { contract: 'shared' as const, hook },
+    { contract: 'in-pod' as const, hook },
+  ]),
+)('ADD, CHECK, DEL: $contract, $hook', ({ contract, hook }) => {
   let topology: Topology;
   let pod: Pod;
   beforeAll(async () => {
-    topology = new Topology({ primary: 'ptp', hook, rpFilter: 1 });
+    const proxy = { contract, match: { namespace: 'istio-system', name: 'ztunnel-*' } };
+    topology = new Topology({ primary: 'ptp', hook, rpFilter: 1, entry: { proxy } });
+    if (contract === 'in-pod') await acknowledge(topology);
     pod = topology.pod('client', { enroll: true });
     await topology.addPrimary(pod);
   });
@@ -57,13 +71,16 @@ describe.each([...new Set(sites.map(({ hook }) => hook))])('ADD, CHECK, DEL: %s'
       env: topology.environment(command, pod),
       input: JSON.stringify(topology.entry(pod)),
     });
-  const attached = () => topology.node.run(['bpftool', 'net', 'show']).match(/pod_(?:egress|ingress)/g) ?? [];
+  const attached = () =>
+    [topology.node, pod.netns].flatMap(
+      (netns) => netns.run(['bpftool', 'net', 'show']).match(/(?:in)?pod_(?:egress|ingress|guard|sign)/g) ?? [],
+    );
 
-  test('ADD attaches both programs and hands prevResult on', async () => {
+  test('ADD attaches its programs and hands prevResult on', async () => {
     const { status, stdout } = await verb('ADD');
     expect({ status, stdout: JSON.parse(stdout) }).toMatchObject({ status: 0, stdout: { ips: pod.prevResult?.ips } });
     // What bpftool on this machine knows of: clsact everywhere, TCX not.
-    if (hook === 'clsact') expect(attached().sort()).toEqual(['pod_egress', 'pod_ingress']);
+    if (hook === 'clsact') expect(attached().sort()).toEqual(ATTACHED[contract]);
   });
   test('CHECK finds them, and misses one that is taken away', async () => {
     expect(await verb('CHECK')).toMatchObject({ status: 0, stdout: '' });

@@ -10,7 +10,14 @@ import { type Run, runOn } from './run.ts';
 
 const RESULTS = join(import.meta.dirname, '../../build/test-results');
 const SITES = ['auto ptp clsact'];
-const GROUPS = ['doctor', 'demo', 'ADD, CHECK, DEL: clsact', 'variant auto, ptp, clsact'];
+const GROUPS = [
+  'doctor',
+  'demo: shared',
+  'demo: in-pod',
+  'ADD, CHECK, DEL: shared, clsact',
+  'ADD, CHECK, DEL: in-pod, clsact',
+  'variant auto, ptp, clsact',
+];
 
 describe('Debian’s 6.1 under qemu', () => {
   let run: Run | undefined;

@@ -202,13 +202,13 @@ function state(native: Native, directories: Directories, config: RedirectConfig 
   ];
 }
 
-/** Others' programs and filters on the host-side interfaces that ours are on. */
+/** Others' programs and filters on the interfaces that ours are on, inside pods too. */
 function foreignPrograms(native: Native, found: Survey): Finding[] {
   return found.attachments
-    .filter(({ record, present }) => present && record.hooks.length > 0 && record.hostIfindex !== 0)
+    .filter(({ record, present }) => present && record.hooks.length > 0)
     .flatMap(({ record }) =>
-      othersAt(native, record).map(({ direction, what, ahead }) =>
-        foreign(`${direction} of ${record.hostIfname}`, printable(what), ahead),
+      othersAt(native, record).map(({ direction, where, what, ahead }) =>
+        foreign(`${direction} of ${printable(where)}`, printable(what), ahead),
       ),
     );
 }

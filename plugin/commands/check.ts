@@ -101,10 +101,10 @@ function checkState(native: Native, config: RedirectConfig, state: State, netns:
 function warnOfOthers(native: Native, config: RedirectConfig, record: AttachmentRecord): void {
   if (record.role === 'none' || record.hooks.length === 0) return;
   const log = createLog(config.logLevel);
-  for (const { direction, what, ahead } of othersAt(native, record)) {
+  for (const { direction, where, what, ahead } of othersAt(native, record)) {
     if (!ahead) continue;
     log.warn(
-      `${direction} of ${record.hostIfname}: ${what} runs before ours; what it ends the chain for (TC_ACT_OK) is not redirected`,
+      `${direction} of ${where}: ${what} runs before ours; what it ends the chain for (TC_ACT_OK) is not redirected`,
     );
   }
 }
