@@ -7,7 +7,7 @@ import { join } from 'node:path';
 import { hex } from './attachments.ts';
 import { detachRecord, inOwnNetns } from './datapath.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from './native.ts';
-import { type Directories, openState } from './state.ts';
+import { beside, type Directories, openState } from './state.ts';
 
 /** Exists while a pod drains, so that a run that has nothing to do finds out by one system call. */
 function marker({ runDir }: Directories): string {
@@ -88,6 +88,10 @@ export function endDrain(
 /** Ends every drain that is over. Throws NativeError, or CniError 103 or 104; what is left is for the next run. */
 export function endDrains(native: Native, dirs: Directories): void {
   if (!existsSync(marker(dirs))) return;
+  beside(native, dirs.runDir, () => endDrainsBeside(native, dirs));
+}
+
+function endDrainsBeside(native: Native, dirs: Directories): void {
   const state = openState(native, dirs.stateDir);
   try {
     let left = 0;
