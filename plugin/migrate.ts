@@ -245,12 +245,6 @@ class Migration {
         this.#swap();
         native.writeCapacity(to);
         this.#step('capacity written');
-        this.#migrated.maxPods = Math.max(
-          ...native
-            .mapUsage(to)
-            .filter(({ map }) => map === 'interfaces')
-            .map(({ capacity }) => capacity),
-        );
       } finally {
         native.closeState(to);
       }
@@ -260,6 +254,9 @@ class Migration {
     native.removeDirectory(this.#complete);
     this.#step('not complete any more');
     this.#remove(this.#next);
+    const now = native.openState(this.#stateDir);
+    this.#migrated.maxPods = native.settings(now).maxPods;
+    native.closeState(now);
   }
 
   #switchAll(from: State, to: State, tag: string): void {

@@ -120,8 +120,9 @@ export function openState(native: Native, dir: string): State | null {
 export function ensureState(native: Native, config: RedirectConfig): State {
   const { stateDir, runDir } = config;
   // Some pods have the programs of the next maps already, and would not know one that is only in these.
-  if (existsSync(nextDirectory(stateDir))) {
-    const details = `${nextDirectory(stateDir)} is there; "install" or the agent's start goes on with it`;
+  const unfinished = join(nextDirectory(stateDir), 'complete');
+  if (existsSync(unfinished)) {
+    const details = `${unfinished} is there; "install" or the agent's start goes on with it`;
     throw new CniError(Code.TRY_AGAIN_LATER, `a migration of the state in ${stateDir} was cut short`, details);
   }
   const state = openState(native, stateDir) ?? locked(native, runDir, () => createState(native, config));

@@ -3,11 +3,12 @@
 // An upgrade while pods run: the programs of another build in place of the pinned ones, larger maps in place of full
 // ones, under load, and killed at each step of it.
 
-import { readdirSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterEach, describe, expect, test } from 'vitest';
+import { loadNative } from '../../plugin/addon.ts';
 import { Steady } from '../kubernetes/steady.ts';
-import type { Outcome } from '../netns.ts';
+import { must, type Outcome, until } from '../netns.ts';
 import { counters, increases } from './counters.ts';
 import { type Actor, InPodMesh, InPodProxy } from './inpod.ts';
 import { Mesh } from './mesh.ts';
@@ -29,15 +30,18 @@ interface Wanted {
   build?: string;
   killStep?: number;
   killCall?: number;
+  /** where the names of its kernel calls go */
+  calls?: string;
 }
 
-function migrate({ maxPods = 8, build, killStep = 0, killCall }: Wanted): Promise<Outcome> {
+function migrate({ maxPods = 8, build, killStep = 0, killCall, calls }: Wanted): Promise<Outcome> {
   const { stateDir, runDir } = topology;
   const env = {
     PATH: process.env.PATH ?? '',
     AMBIENT_REDIRECT_ADDON: faults,
     ...(build !== undefined && { AMBIENT_REDIRECT_OBJECT_ID: build }),
     ...(killCall !== undefined && { AMBIENT_REDIRECT_KILL_CALL: String(killCall) }),
+    ...(calls !== undefined && { AMBIENT_REDIRECT_CALLS_FILE: calls }),
   };
   const argv = [process.execPath, script, JSON.stringify({ stateDir, runDir, maxPods }), String(killStep)];
   return topology.node.exec(argv, { env });
@@ -202,14 +206,15 @@ describe.each(['tcx', 'clsact'] as const)('%s', (hook) => {
         expect(killed.status).not.toBe(0);
         // Meanwhile pods may go; none comes that a part of the programs would not know.
         await topology.deleteOurs(gone);
-        if (readdirSync(topology.stateDir).includes('next')) expect(await add(last), name).toMatchObject({ code: 11 });
+        if (existsSync(join(topology.stateDir, 'next/complete')))
+          expect(await add(last), name).toMatchObject({ code: 11 });
         await migrated(now);
         for (const pod of kept) await topology.checkOurs(pod);
         expect(builds(), name).toHaveLength(1);
         expect(readdirSync(topology.stateDir), name).not.toContain('next');
         // By the executable's own build, so that there is one more to replace.
-      expect(await add(gone), name).toBeNull();
-      await migrated(now);
+        expect(await add(gone), name).toBeNull();
+        await migrated(now);
       }
       expect(steps.map((step) => step.split(' ')[0])).toEqual(
         expect.arrayContaining(['programs', 'switched', 'recorded']),
@@ -217,4 +222,97 @@ describe.each(['tcx', 'clsact'] as const)('%s', (hook) => {
     },
     180_000,
   );
+
+  test.each(kinds)(
+    '$what, killed at kernel calls',
+    async ({ what, wanted }) => {
+      const { pods } = await full(3);
+      const calls = join(topology.testbed.directory('calls'), 'calls');
+      let rounds = 0;
+      const round = () => {
+        rounds += 1;
+        if (what === 'larger maps') return { maxPods: wanted.maxPods + rounds * 8 };
+        return rounds % 2 === 1 ? wanted : { maxPods: wanted.maxPods };
+      };
+      await migrated({ ...round(), calls });
+      const made = readFileSync(calls, 'utf8').trim().split('\n').length;
+      expect(made).toBeGreaterThan(100);
+      const distance = LONG ? 1 : Math.floor(made / 6);
+      for (let call = 3; call <= made; call += distance) {
+        const now = round();
+        const killed = await migrate({ ...now, killCall: call });
+        expect(killed.status, `call ${call}`).not.toBe(0);
+        await migrated(now);
+        for (const pod of pods) await topology.checkOurs(pod);
+        expect(builds()).toHaveLength(1);
+        expect(readdirSync(topology.stateDir)).not.toContain('next');
+      }
+    },
+    LONG ? 3_600_000 : 120_000,
+  );
+});
+
+test('ADD waits for a migration that is under way', async () => {
+  requireExecutable();
+  topology = new Topology({ primary: 'ptp', hook: 'tcx', rpFilter: 1 });
+  const [first, second] = ['first', 'second'].map((label, i) => {
+    const pod = topology.pod(label, { enroll: true });
+    topology.wire(pod, i + 2);
+    return pod;
+  }) as [Pod, Pod];
+  expect(await add(first)).toBeNull();
+  const native = loadNative();
+  const lock = native.lockFile(join(topology.runDir, 'migration.lock'), 5_000);
+  const calls = join(topology.testbed.directory('calls'), 'calls');
+  let ended = false;
+  const adding = topology.node
+    .exec([`${executable}-faults`], {
+      env: { ...topology.environment('ADD', second), AMBIENT_REDIRECT_CALLS_FILE: calls },
+      input: JSON.stringify(topology.entry(second)),
+    })
+    .finally(() => {
+      ended = true;
+    });
+  const asked = () => (existsSync(calls) ? readFileSync(calls, 'utf8').match(/^flock$/gm)?.length : 0) ?? 0;
+  try {
+    await until('ADD has asked for the lock several times', () => asked() > 3);
+    expect(ended).toBe(false);
+    expect(readdirSync(join(topology.stateDir, 'links'))).toHaveLength(1);
+  } finally {
+    native.close(lock);
+  }
+  expect(await adding).toMatchObject({ status: 0 });
+  await topology.checkOurs(second);
+});
+
+describe('another layout', () => {
+  test.each([
+    { layout: 4, why: 'a newer version made it' },
+    { layout: 2, why: 'none of its versions is as old' },
+  ])('$layout: install and the agent refuse it and change nothing', async ({ layout, why }) => {
+    const mesh = await Mesh.start({ primary: 'ptp', hook: 'tcx' }, [PORT]);
+    topology = mesh.topology;
+    const pin = join(topology.stateDir, 'settings');
+    const [entry] = JSON.parse(must(['bpftool', '-j', 'map', 'dump', 'pinned', pin])) as { value: string[] }[];
+    const value = entry?.value ?? [];
+    const words = (bytes: string[]) => bytes.map((byte) => String(Number(byte)));
+    const write = (bytes: string[]) =>
+      must(['bpftool', 'map', 'update', 'pinned', pin, 'key', '0', '0', '0', '0', 'value', ...words(bytes)]);
+    write([`0x0${layout}`, ...value.slice(1)]);
+    const [netDir, binDir] = [topology.testbed.directory('net.d'), topology.testbed.directory('bin')];
+    writeFileSync(join(netDir, '10.conflist'), '{"cniVersion":"1.0.0","name":"pods","plugins":[{"type":"ptp"}]}');
+    const before = readdirSync(topology.stateDir);
+    const installed = await mesh.command('install', '--cni-net-dir', netDir, '--cni-bin-dir', binDir);
+    const agent = await mesh.command('agent', '--zds-socket', join(netDir, 'ztunnel.sock'));
+    for (const { status, stdout, stderr } of [installed, agent]) {
+      expect(status).toBe(1);
+      expect(stdout + stderr).toContain(`layout ${layout}, this program wants layout 3: ${why}`);
+    }
+    expect(readdirSync(binDir)).toEqual([]);
+    expect(readdirSync(topology.stateDir)).toEqual(before);
+    expect(await mesh.goesDirect('client', mesh.address('server', 4))).toBe(false);
+    write(value);
+    await mesh.commanded('install', '--cni-net-dir', netDir, '--cni-bin-dir', binDir);
+    await topology.checkOurs(mesh.client);
+  });
 });
