@@ -748,6 +748,7 @@ Napi::Value program_value(Napi::Env env, int fd) {
   object.Set("id", program.id);
   object.Set("name", program.name);
   object.Set("tag", program.tag);
+  object.Set("verified", program.verified);
   return object;
 }
 

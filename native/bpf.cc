@@ -72,7 +72,7 @@ ProgramInfo program_info(int fd) {
     tag += digits[byte >> 4];
     tag += digits[byte & 15];
   }
-  return {info.id, info.name, tag};
+  return {info.id, info.name, tag, info.verified_insns};
 }
 
 Fd program_by_id(uint32_t id) {

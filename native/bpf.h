@@ -42,6 +42,8 @@ struct ProgramInfo {
   uint32_t id;
   std::string name;
   std::string tag;
+  // instructions that the verifier went through; 0 where the kernel does not say (before 5.16)
+  uint32_t verified;
 };
 ProgramInfo program_info(int fd);
 // a closed Fd if there is none

@@ -72,7 +72,8 @@ describe('loadPrograms', () => {
         tag: string;
         type: string;
       };
-      expect(info).toEqual({ id: shown.id, name, tag: shown.tag });
+      expect(info).toEqual({ id: shown.id, name, tag: shown.tag, verified: expect.any(Number) });
+      expect(info.verified).toBeGreaterThan(0);
       expect(shown.type).toBe(name.endsWith('_lookup') ? 'sk_lookup' : 'sched_cls');
       expect(native.programById(info.id)).toEqual(info);
     }

@@ -544,7 +544,7 @@ Import import_direct_flow(int program, uint32_t ifindex, const struct tuple &flo
   wanted.tuple = flow;
   uint8_t packet[sizeof(wanted)], out[sizeof(wanted) + 256];
   memcpy(packet, &wanted, sizeof(wanted));
-  TestRun run = test_run(program, packet, sizeof(packet), out, sizeof(out), {0, 0, 0, 1});
+  TestRun run = test_run(program, packet, sizeof(packet), out, sizeof(out), {0, 0, 0, 1, 0});
   return run.verdict == 1 ? Import::done : run.verdict == 0 ? Import::redirected : Import::no_memory;
 }
 

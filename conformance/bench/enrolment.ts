@@ -4,12 +4,11 @@
 // start, then one pod's label goes to and fro, then nothing happens.
 
 import { readFileSync, readlinkSync } from 'node:fs';
-import { basename, join } from 'node:path';
+import { basename } from 'node:path';
 import { loadNative } from '../../plugin/addon.ts';
 import { ControlPlane } from '../kubernetes/control-plane.ts';
 import { Site } from '../kubernetes/site.ts';
-import { must, Testbed, until } from '../netns.ts';
-import { makePods } from './pods.ts';
+import { Testbed, until } from '../netns.ts';
 import { quantile } from './statistics.ts';
 
 export interface EnrolmentCosts {
@@ -42,33 +41,8 @@ export async function benchEnrolment(options: {
   await plane.createNamespace(NAMESPACE, { [MODE]: 'ambient' });
   const site = await Site.start(plane, 'bench');
   try {
-    const { topology } = site;
-    note(`${options.pods} pods: namespaces and interfaces`);
-    const pods = makePods(topology.testbed, topology.node, options.pods);
-    note('… in the API');
-    const uids: string[] = [];
-    const create = async (index: number) => {
-      const name = `pod-${index}`;
-      uids[index] = await plane.createPod({ namespace: NAMESPACE, name, node: site.nodeName });
-      const { addresses } = pods[index] as (typeof pods)[number];
-      await plane.setPodStatus(NAMESPACE, name, 'Running', [addresses[4], addresses[6]]);
-    };
-    for (let i = 0; i < pods.length; i += 20) {
-      await Promise.all(pods.slice(i, i + 20).map((_, offset) => create(i + offset)));
-    }
-    note('… as the plugin records them');
-    const recording = {
-      entry: site.agentEntry(),
-      network: 'pods',
-      pods: pods.map(({ containerId, namespace }, i) => ({
-        containerId,
-        netns: `/run/netns/${namespace}`,
-        namespace: NAMESPACE,
-        name: `pod-${i}`,
-        uid: uids[i] ?? '',
-      })),
-    };
-    must(topology.node.argv([process.execPath, join(import.meta.dirname, 'record.ts')]), JSON.stringify(recording));
+    note(`${options.pods} pods that run already`);
+    await site.idlePods(NAMESPACE, options.pods);
 
     note('cold start');
     const started = performance.now();

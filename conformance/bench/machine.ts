@@ -25,6 +25,12 @@ function version(argv: readonly string[], pattern: RegExp): string {
   }
 }
 
+/** In a namespace that goes with the command. */
+function hasGeneve(): boolean {
+  const attempt = 'ip link add g0 type geneve id 1 remote 192.0.2.1 2>/dev/null && echo yes || true';
+  return must(['unshare', '--net', 'sh', '-c', attempt]).trim() === 'yes';
+}
+
 export function machine(versions: Record<string, string>): Machine {
   const flags = /^flags.*\bhypervisor\b/m.test(readFileSync('/proc/cpuinfo', 'utf8'));
   return {
@@ -39,6 +45,7 @@ export function machine(versions: Record<string, string>): Machine {
       gcc: version(['gcc', '--version'], /(\d+\.\d+\.\d+)\s*$/m),
       haproxy: version(['haproxy', '-v'], /version (\S+)/),
       iperf3: version(['iperf3', '--version'], /iperf (\S+)/),
+      GENEVE: hasGeneve() ? 'in the kernel' : 'not in this kernel',
       iptables: version(['iptables', '-V'], /v(\S+ \S+)/),
       wrk: version(['wrk', '-v'], /wrk (\S+)/),
     },

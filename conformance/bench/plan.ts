@@ -15,7 +15,7 @@ export interface Profile {
   /** Connections of the published experiment, and how long each run of it lasts. */
   connections: readonly number[];
   fortioSeconds: number;
-  /** How long wrk, iperf3 and many open connections last, and how long the loads with little scatter. */
+  /** How long wrk and iperf3 last, and how long the loads with little scatter. */
   seconds: number;
   shortSeconds: number;
   /** How often a load of the other kinds runs in a round. */
@@ -137,7 +137,7 @@ export function cells(profile: Profile, programs: Programs): Cell[] {
       }
     }
   }
-  for (const connections of profile.hold) add(holdLoad(peer, 4, connections, 10, seconds), 1);
+  for (const connections of profile.hold) add(holdLoad(peer, 4, connections, 10, shortSeconds), 1);
   if (profile.haproxy.includes('wrk')) add(wrkLoad(4, 32, seconds), repeats, 'haproxy');
   if (profile.haproxy.includes('iperf')) add(iperfLoad(4, 1, false, seconds), repeats, 'haproxy');
   return result;

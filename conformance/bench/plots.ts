@@ -33,7 +33,7 @@ export async function svg(plot: Plot): Promise<string> {
     title: null,
     sort: series,
     scale: { scheme: 'tableau10' as const },
-    legend: { labelLimit: 400 },
+    legend: { labelLimit: 400, symbolOpacity: 1 },
   };
   const y = (field: string) => ({ field, type: 'quantitative' as const, title: plot.yTitle, scale });
   const spec: TopLevelSpec = {

@@ -80,6 +80,7 @@ export function makePods(testbed: Testbed, node: Namespace, count: number): Idle
     const batch = [
       `address add ${pod.addresses[4]}/32 dev eth0`,
       `address add ${pod.addresses[6]}/128 dev eth0 nodad`,
+      'link set lo up',
       'link set eth0 up',
     ];
     must(['ip', '-n', pod.namespace, '-batch', '-'], `${batch.join('\n')}\n`);

@@ -5,7 +5,7 @@
 // with trace off and on. Instructions are the program's size after verification: the machine's counters would say how
 // many are executed, where it has them.
 
-import { readdirSync, writeFileSync } from 'node:fs';
+import { readdirSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { ACK, SYN, tcpFrame } from '../../bpf/test/frames.ts';
 import { counters, increases, sign } from '../e2e/counters.ts';
@@ -113,9 +113,10 @@ export function runTimes(stateDir: string): number {
   return [...runTimesByName(stateDir).values()].reduce((sum, { ns }) => sum + ns, 0);
 }
 
-/** struct __sk_buff as BPF_PROG_TEST_RUN takes it: ingress_ifindex and ifindex, the rest zero. */
-function skb(ifindex: number): Buffer {
+/** struct __sk_buff as BPF_PROG_TEST_RUN takes it: mark, ingress_ifindex and ifindex, the rest zero. */
+function skb(ifindex: number, mark = 0): Buffer {
   const context = Buffer.alloc(192);
+  context.writeUInt32LE(mark, 8);
   context.writeUInt32LE(ifindex, 36);
   context.writeUInt32LE(ifindex, 40);
   return context;
@@ -129,6 +130,7 @@ interface Case {
   namespace: Namespace;
   ifindex: number;
   frame: Uint8Array;
+  mark?: number;
 }
 
 /** Packets of a connection that is open from `port` of the client to the echo server, and of one that begins. */
@@ -185,15 +187,72 @@ function cases(world: World, family: Family, port: number): Case[] {
   ];
 }
 
+/** `marks.tproxy` of the settings, which looped packets carry inside a pod. */
+const MARK_TPROXY = 0x1043;
+
+/** The same inside the client's pod: `port` is the application's, and its proxy has gone on from `onward`. */
+function inPodCases(world: World, family: Family, port: number, onward: number): Case[] {
+  const { client, server } = world;
+  const app = { address: client.addresses[family], port };
+  const proxy = { address: client.addresses[family], port: onward };
+  const to = { address: server.addresses[family], port: PORTS.echo };
+  const payload = Buffer.alloc(100);
+  const links = JSON.parse(client.netns.ip('-j', 'link', 'show', 'dev', 'eth0')) as { ifindex: number }[];
+  const inside = { family, namespace: client.netns, ifindex: links[0]?.ifindex ?? 0 };
+  const data = { flags: ACK, payload };
+  return [
+    {
+      ...inside,
+      program: 'inpod_egress',
+      packet: 'data of the app',
+      reason: 'to_proxy_established',
+      frame: tcpFrame({ source: client.mac, destination: client.gatewayMac }, app, to, data),
+    },
+    {
+      ...inside,
+      program: 'inpod_ingress',
+      packet: 'the same, looped',
+      reason: 'proxy_delivered',
+      mark: MARK_TPROXY,
+      frame: tcpFrame({ source: client.mac, destination: client.mac }, app, to, data),
+    },
+    {
+      ...inside,
+      program: 'inpod_ingress',
+      packet: 'data to the proxy, from the wire',
+      reason: 'to_proxy_established',
+      frame: tcpFrame({ source: client.gatewayMac, destination: client.mac }, to, proxy, data),
+    },
+  ];
+}
+
+/**
+ * How bpftool is to find a program: a shared one by its pin, an in-pod one by the link of the client's attachment, which
+ * has a stub of its own before it. The attachment is told by its link to the namespace.
+ */
+function programOf({ topology: { stateDir }, client }: World, name: string): string[] {
+  if (!name.startsWith('inpod_')) return ['pinned', programsIn(stateDir).get(name)?.path ?? name];
+  const { ino } = statSync(client.netns.path);
+  const links = join(stateDir, 'links');
+  const show = (key: string, link: string) =>
+    JSON.parse(must(['bpftool', '-j', 'link', 'show', 'pinned', join(links, key, link)])) as {
+      prog_id: number;
+      netns_ino?: number;
+    };
+  const key = readdirSync(links).find((one) => show(one, 'inpod_lookup').netns_ino === ino);
+  if (key === undefined) throw new Error(`no attachment in ${client.netns.name}`);
+  return ['id', `${show(key, name).prog_id}`];
+}
+
 /** Nanoseconds per packet; throws if not every packet was judged as it should be. */
-function testRun(world: World, one: Case, path: string): number {
+function testRun(world: World, one: Case, program: readonly string[]): number {
   const directory = world.directory;
   const [frame, context] = [join(directory, 'frame'), join(directory, 'skb')];
   writeFileSync(frame, one.frame);
-  writeFileSync(context, skb(one.ifindex));
+  writeFileSync(context, skb(one.ifindex, one.mark));
   const before = counters(world.topology.stateDir);
   const options = ['data_in', frame, 'ctx_in', context, 'repeat', `${REPEAT}`];
-  const output = one.namespace.run(['bpftool', 'prog', 'run', 'pinned', path, ...options]);
+  const output = one.namespace.run(['bpftool', 'prog', 'run', ...program, ...options]);
   const counted = increases(before, counters(world.topology.stateDir));
   if (counted[`${one.program} ${one.reason}`] !== REPEAT) {
     throw new Error(`${one.program}, ${one.packet}: ${REPEAT} runs counted as ${JSON.stringify(counted)}`);
@@ -253,15 +312,26 @@ async function packetCosts(world: World, programs: Programs, rounds: number, inv
   for (const family of families) {
     const { address, port } = world.target(PORTS.echo, family);
     world.topology.testbed.start(world.clientCommand([programs.peer, 'hold', address, `${port}`, '1', '0', '3600000']));
-    let source: string | undefined;
+    const { client, proxy } = world;
+    // The application's port, and inside a pod its proxy's, which alone has nobody opposite in the same namespace.
+    let ends: number[] = [];
     await until(`a connection to ${address}`, () => {
-      const table = world.client.netns.run(['ss', `-${family}Htn`, 'state', 'established', 'dport', '=', `:${port}`]);
-      source = /:(\d+)\s+\S+:\d+\s*$/m.exec(table.trim())?.[1];
-      return source !== undefined;
+      const table = client.netns.run(['ss', `-${family}Htn`, 'state', 'established', 'dport', '=', `:${port}`]);
+      ends = [...table.matchAll(/:(\d+)\s+\S+:\d+\s*$/gm)].map(([, end]) => Number(end));
+      return ends.length === (proxy === undefined ? 2 : 1);
     });
-    all.push(...cases(world, family, Number(source)));
+    if (proxy !== undefined) {
+      all.push(...cases(world, family, ends[0] ?? 0));
+      continue;
+    }
+    const opposite = client.netns.run(['ss', '-Htn', 'state', 'established', 'sport', '=', `:${port}`]);
+    const [app, onward] = [true, false].map((wanted) =>
+      ends.find((end) => new RegExp(`:${end}\\s*$`, 'm').test(opposite) === wanted),
+    );
+    if (app === undefined || onward === undefined) throw new Error(`cannot tell the ends of ${opposite}`);
+    all.push(...inPodCases(world, family, app, onward));
   }
-  const paths = programsIn(world.topology.stateDir);
+  const programOfCase = new Map(all.map(({ program }) => [program, programOf(world, program)]));
   const figures = new Map<string, { one: Case; trace: boolean; ns: number[] }>();
   const random = generator(rounds);
   for (let round = 0; round < rounds; round++) {
@@ -272,7 +342,7 @@ async function packetCosts(world: World, programs: Programs, rounds: number, inv
           const entry = figures.get(key) ?? { one, trace, ns: [] };
           figures.set(key, entry);
           try {
-            entry.ns.push(testRun(world, one, paths.get(one.program)?.path ?? ''));
+            entry.ns.push(testRun(world, one, programOfCase.get(one.program) ?? []));
           } catch (error) {
             invalid.push(error instanceof Error ? error.message : String(error));
           }
@@ -338,6 +408,7 @@ export interface ProgramOptions {
 export async function measurePrograms(programs: Programs, options: ProgramOptions): Promise<ProgramCosts> {
   const { rounds, seconds, note } = options;
   const result: ProgramCosts = { sizes: [], packets: [], loads: [], invalid: [] };
+  const measured = new Set<string>();
   const modes = options.modes.map((name): Mode => modeNamed(name)).filter(({ wiring }) => wiring.ours !== undefined);
   for (const mode of modes) {
     note(`what the programs cost under load: ${mode.title}`);
@@ -356,8 +427,10 @@ export async function measurePrograms(programs: Programs, options: ProgramOption
         if (known.has(program)) continue;
         result.sizes.push({ program, instructions: row.bytes_xlated / 8, code: row.bytes_jited });
       }
-      // The same programs on other hooks cost the same. Without the clock: it is part of what it measures.
-      if (world.proxy === undefined || result.packets.length > 0) continue;
+      // On other hooks the same programs cost the same. Without the clock: it is part of what it measures.
+      const contract = mode.wiring.proxies;
+      if (measured.has(contract)) continue;
+      measured.add(contract);
       note(`what the programs cost per packet: ${mode.title}`);
       result.packets.push(...(await packetCosts(world, programs, rounds * 3, result.invalid)));
     } finally {

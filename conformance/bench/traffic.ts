@@ -61,7 +61,7 @@ async function part<T>(directory: string, name: string, measure: () => Promise<T
 
 /** Seconds that the parts after the traffic are thought to take, on a machine with nothing else to do. */
 function partSeconds(profile: Profile, wants: (name: string) => boolean): number {
-  const programs = profile.programRounds * (6 * (profile.seconds + 0.7) + 12);
+  const programs = profile.programRounds * (6 * (profile.shortSeconds + 0.7) + 12);
   const levels = profile.attachments.length;
   const add =
     Math.max(...profile.attachments) * 0.08 + levels * (profile.addRounds * 0.8 + 15) + profile.atOnceRounds * 20;
@@ -121,7 +121,12 @@ export async function benchTraffic(options: BenchOptions): Promise<Finished> {
     await runSteps(order, programs, directory, progress);
     if (wants('programs')) {
       result.programs = await part(directory, 'programs', () =>
-        measurePrograms(programs, { ...profile, rounds: profile.programRounds, note }),
+        measurePrograms(programs, {
+          ...profile,
+          rounds: profile.programRounds,
+          seconds: profile.shortSeconds,
+          note,
+        }),
       );
     }
     if (wants('add')) {

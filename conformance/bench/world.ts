@@ -10,7 +10,7 @@ import { join } from 'node:path';
 import { counters, increases } from '../e2e/counters.ts';
 import { executable, type Family, families, type Pod, type PodOptions, Topology } from '../e2e/topology.ts';
 import { kernelState } from '../kernel-state.ts';
-import { must, type Namespace, type Running, until } from '../netns.ts';
+import { must, type Namespace, type Running, type Testbed, until } from '../netns.ts';
 import { inPodRules, PROXY_TUNNEL, sharedRules, type Tunnel } from './iptables.ts';
 import type { Evidence, Expectation } from './judge.ts';
 import { type Listener, type ProxyKind, type RunningProxy, startProxy } from './proxies.ts';
@@ -154,7 +154,7 @@ export class World {
     const { topology, client, server } = this;
     const { wiring } = this.mode;
     const pods = [client, server, ...(this.proxy ? [this.proxy] : [])];
-    if (wiring.ours !== undefined && wiring.proxies === 'in-pod') await this.#acknowledge();
+    if (wiring.ours !== undefined && wiring.proxies === 'in-pod') await acknowledge(topology.testbed, topology.runDir);
     await topology.add(...pods);
     // The same on every machine, and not one that paces (bbr), which hides what the path costs. A namespace may have the
     // kernel's unrestricted ones only, and cubic need not be one.
@@ -172,22 +172,6 @@ export class World {
     await this.useProxy('native');
     const state = await kernelState([topology.node, ...pods.map((pod) => pod.netns)], { sysctls: false });
     this.#hooks = hooksIn([...state.entries()]);
-  }
-
-  /** In the place of the node agent: says yes to every pod's ADD. The proxies are started afterwards. */
-  async #acknowledge(): Promise<void> {
-    const { runDir, testbed } = this.topology;
-    mkdirSync(runDir, { recursive: true, mode: 0o700 });
-    const agent = createServer((request, response) => {
-      request.resume().on('end', () => response.setHeader('content-type', 'application/json').end('{}'));
-    });
-    testbed.defer(() => {
-      agent.close();
-      agent.closeAllConnections();
-    });
-    await new Promise<void>((resolve, reject) => {
-      agent.once('error', reject).listen(join(runDir, 'agent.sock'), resolve);
-    });
   }
 
   async #serve(): Promise<void> {
@@ -294,6 +278,21 @@ export class World {
       ...(wiring.proxies === 'none' && { rules: matched([node], /-j/) }),
     };
   }
+}
+
+/** In the place of the node agent: says yes to every pod's ADD in the in-pod contract. */
+export async function acknowledge(testbed: Testbed, runDir: string): Promise<void> {
+  mkdirSync(runDir, { recursive: true, mode: 0o700 });
+  const agent = createServer((request, response) => {
+    request.resume().on('end', () => response.setHeader('content-type', 'application/json').end('{}'));
+  });
+  testbed.defer(() => {
+    agent.close();
+    agent.closeAllConnections();
+  });
+  await new Promise<void>((resolve, reject) => {
+    agent.once('error', reject).listen(join(runDir, 'agent.sock'), resolve);
+  });
 }
 
 function allListen(namespace: Namespace, ports: readonly number[]): boolean {

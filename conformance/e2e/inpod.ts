@@ -84,6 +84,8 @@ export class InPodProxy {
 export function acknowledge(topology: Topology): Promise<void> {
   mkdirSync(topology.runDir, { recursive: true, mode: 0o700 });
   const server = createServer((request, response) => {
+    // It has nothing to report.
+    response.statusCode = request.method === 'POST' ? 200 : 404;
     request.resume().on('end', () => response.setHeader('content-type', 'application/json').end('{}'));
   });
   topology.testbed.defer(() => {

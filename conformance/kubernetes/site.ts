@@ -11,6 +11,8 @@ import { request } from 'node:http';
 import { join } from 'node:path';
 import { loadNative } from '../../plugin/addon.ts';
 import type { ExclusionRule } from '../../plugin/native.ts';
+import { makePods } from '../bench/pods.ts';
+import type { Recording } from '../bench/record.ts';
 import type { Attachment } from '../chain.ts';
 import {
   executable,
@@ -20,7 +22,7 @@ import {
   Topology,
   type TopologyOptions,
 } from '../e2e/topology.ts';
-import { type Running, until } from '../netns.ts';
+import { must, type Running, until } from '../netns.ts';
 import type { ControlPlane, PodSpec } from './control-plane.ts';
 import { Front } from './front.ts';
 
@@ -163,6 +165,39 @@ export class Site {
   /** Two pods of one name may follow each other. */
   #label(): string {
     return `pod${++this.#sandboxes}`;
+  }
+
+  /**
+   * Many pods of one namespace that only are there, as API server, primary plugin and our plugin leave them when they are
+   * not enrolled. Named pod-0, pod-1, ...; returns their UIDs.
+   */
+  async idlePods(namespace: string, count: number): Promise<string[]> {
+    const { plane, topology, nodeName } = this;
+    const pods = makePods(topology.testbed, topology.node, count);
+    const uids: string[] = [];
+    const create = async (index: number) => {
+      const name = `pod-${index}`;
+      uids[index] = await plane.createPod({ namespace, name, node: nodeName });
+      const { addresses } = pods[index] as (typeof pods)[number];
+      await plane.setPodStatus(namespace, name, 'Running', [addresses[4], addresses[6]]);
+    };
+    for (let i = 0; i < count; i += 20) {
+      await Promise.all(pods.slice(i, i + 20).map((_, offset) => create(i + offset)));
+    }
+    const recording: Recording = {
+      entry: this.agentEntry(),
+      network: 'pods',
+      pods: pods.map(({ containerId, namespace: netns }, i) => ({
+        containerId,
+        netns: `/run/netns/${netns}`,
+        namespace,
+        name: `pod-${i}`,
+        uid: uids[i] ?? '',
+      })),
+    };
+    const program = join(import.meta.dirname, '../bench/record.ts');
+    must(topology.node.argv([process.execPath, program]), JSON.stringify(recording));
+    return uids;
   }
 
   /** Another sandbox of a pod whose first one is gone, and its report. */

@@ -3,6 +3,10 @@
 
 Each is a connection of its own: connect, read the server's banner, send a line, read it back, close. Prints a line with
 the outcome of each ("ok", "ECONNRESET"). Runs until stdin ends and what is under way has ended.
+
+Source ports are counted up from below the ephemeral range. A transparent proxy connects on from the client's address and
+a port of its own choice: in the ephemeral range a direct connection now and then has the four numbers of a proxied one
+that is in TIME_WAIT, at the server too, and loses its first SYN by that.
 """
 
 import errno
@@ -16,9 +20,12 @@ address, port, rate = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 lock = threading.Lock()
 
 
-def request():
+def request(source):
     try:
-        with socket.create_connection((address, port), timeout=10) as connection:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as connection:
+            connection.settimeout(10)
+            connection.bind(("", source))
+            connection.connect((address, port))
             file = connection.makefile("rwb")
             if not file.readline():
                 raise OSError(errno.EPIPE, "no banner")
@@ -41,7 +48,7 @@ while True:
     ready, _, _ = select.select([sys.stdin], [], [], max(0, due - time.monotonic()))
     if ready and sys.stdin.read() == "":
         break
-    thread = threading.Thread(target=request)
+    thread = threading.Thread(target=request, args=(10_000 + len(threads) % 22_000,))
     thread.start()
     threads.append(thread)
     due = max(due + 1 / rate, time.monotonic() - 1)

@@ -11,7 +11,7 @@ import { executable } from '../e2e/topology.ts';
 import { Testbed, until } from '../netns.ts';
 import { missingControlPlane } from './build.ts';
 import { ControlPlane } from './control-plane.ts';
-import { NODE_PREFIX, Site, type SitePod } from './site.ts';
+import { NODE_PREFIX, REDIRECTION, Site, type SitePod } from './site.ts';
 
 const MODE = 'istio.io/dataplane-mode';
 const AMBIENT = { [MODE]: 'ambient' };
@@ -136,14 +136,21 @@ describe.runIf(missingControlPlane() === undefined)('trouble with kube-apiserver
   });
 
   test(`${LONG ? 500 : 20} pods from a cold start`, async () => {
-    const pods: SitePod[] = [];
-    for (let i = 0; i < (LONG ? 500 : 20); i++) pods.push(await site.createPod({ namespace, name: `web-${i}` }));
+    const count = LONG ? 500 : 20;
+    const uids = await site.idlePods(namespace, count);
     site.startAgent();
-    await site.untilReady(120_000);
-    for (const pod of pods) await site.untilRedirection(pod, 'enabled');
-    expect(new Set((await site.attachments()).map((row) => `${row.role} ${row.state}`))).toEqual(
-      new Set(['pod attached']),
-    );
+    await site.untilReady(600_000);
+    const annotated = async () => {
+      const { items } = await plane.admin.list(`/api/v1/namespaces/${namespace}/pods`);
+      return items.filter(({ metadata }) => {
+        const { annotations } = metadata as { annotations?: Record<string, string> };
+        return annotations?.[REDIRECTION] === 'enabled';
+      }).length;
+    };
+    await until('every pod is annotated', async () => (await annotated()) === count, 600_000);
+    const rows = await site.attachments();
+    expect(new Set(rows.map((row) => `${row.role} ${row.state}`))).toEqual(new Set(['pod attached']));
+    expect(rows.map(({ uid }) => uid).sort()).toEqual(uids.sort());
   }, 1_200_000);
 
   test(`kill -9 at ${LONG ? 50 : 4} random points while pods come, go and change sides`, async () => {
@@ -206,6 +213,8 @@ describe.runIf(missingControlPlane() === undefined)('trouble with kube-apiserver
     await site.untilRedirection(lost, undefined, 20_000);
     await site.untilReady();
     expect(await site.redirection(web)).toBe('enabled');
+    // What went around the proxy meanwhile cannot be undone, but it is said.
+    expect(await site.metric('ambient_redirect_enrolments_total', { event: 'found_open' })).toBe(2);
     const rows = await site.attachments();
     expect(rows.map(({ name, role: what, state, addresses }) => ({ name, what, state, addresses }))).toEqual([
       { name: 'web', what: 'pod', state: 'attached', addresses: expect.arrayContaining([web.sandbox.addresses[4]]) },

@@ -5,7 +5,7 @@
 import { withdrawAttachment } from '../agent-client.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import { attach, describePod, detach, isSameNetns } from '../datapath.ts';
-import { beginDrain, endDrains, isDraining, proxiedConnections } from '../drain.ts';
+import { beginDrain, DRAIN_SETTLE_MS, endDrains, isDraining, proxiedConnections } from '../drain.ts';
 import type { AttachmentRecord, Native } from '../native.ts';
 import { type Directories, openState } from '../state.ts';
 import type { Settings } from './directories.ts';
@@ -79,6 +79,7 @@ function drain(native: Native, dirs: Directories, key: Uint8Array, record: Attac
   if (state === null) return 0;
   try {
     beginDrain(native, dirs, state, key, record);
+    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, DRAIN_SETTLE_MS);
     return proxiedConnections(native, state, record);
   } finally {
     native.closeState(state);

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// CHECK: SPEC section "CHECK". Compares what ADD made with what is there; changes and repairs nothing.
+// CHECK: SPEC section "CHECK". Compares what ADD made with what is there and repairs nothing. A later plugin in the chain may
+// have given the pod another MAC address, which SPEC allows: what our programs know of it follows.
 
 import { attachmentKey, hex } from '../attachments.ts';
 import { formatAddress } from '../cni/address.ts';
 import type { Request } from '../cni/dispatch.ts';
 import { CniError, Code } from '../cni/errors.ts';
-import { describePod, type Finding, verify } from '../datapath.ts';
+import { describePod, type Finding, followMac, verify } from '../datapath.ts';
 import { othersAt } from '../foreign.ts';
 import { createLog } from '../log.ts';
 import type { AttachmentRecord, ExclusionRule, Native, State } from '../native.ts';
@@ -56,7 +57,13 @@ function isRecordedInMesh(native: Native, { conf, containerId, ifname }: Request
 
 function checkState(native: Native, config: RedirectConfig, state: State, netns: number, decision: Decision): void {
   const { target, reason } = decision;
-  const record = native.getAttachment(state, target.key);
+  const recorded = native.getAttachment(state, target.key);
+  const record = recorded && followMac(native, state, target.key, recorded);
+  if (record !== recorded) {
+    createLog(config.logLevel).warn(
+      `${target.containerId} ${target.ifname}: the MAC address is ${record?.podMac} now and was ${recorded?.podMac} at ADD; taken over`,
+    );
+  }
   if (record === null || record.state === 'recorded') {
     if (target.role === 'none') return;
     const details = `${reason}, but ${record === null ? 'no attachment is recorded' : 'it is recorded as not enrolled'}`;
@@ -130,7 +137,7 @@ function missingExclusions(
 ): Finding[] {
   const id = ({ kind, value, length, excluded }: ExclusionRule) => `${kind} ${hex(value)}/${length} ${excluded}`;
   const wanted = exclusionRules(exclude).map(id);
-  const present = new Set(native.getExclusions(state, record.hostIfindex).map(id));
+  const present = new Set(native.getExclusions(state, record.interfaceId).map(id));
   const missing = wanted.filter((rule) => !present.has(rule));
   if (missing.length === 0) return [];
   const object = `exclusions of ${record.hostIfname}`;

@@ -7,7 +7,7 @@ import { existsSync, readdirSync, readFileSync, rmdirSync, rmSync } from 'node:f
 import { join } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { describePod, detachRecord } from '../datapath.ts';
-import { beginDrain, endDrain, isDraining, proxiedConnections } from '../drain.ts';
+import { beginDrain, DRAIN_SETTLE_MS, endDrain, isDraining, proxiedConnections } from '../drain.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.ts';
 import { type Directories, knownStateDirs, openState } from '../state.ts';
 import { PLUGIN_TYPE } from './conflist.ts';
@@ -126,6 +126,7 @@ async function drainPods(
     if (!isDraining(native, record)) beginDrain(native, dirs, state, key, record);
   }
   step('draining');
+  await delay(DRAIN_SETTLE_MS);
   for (let told = false; ; told = true) {
     const left = pods().flatMap((pod) => {
       const sockets = proxiedConnections(native, state, pod.record);

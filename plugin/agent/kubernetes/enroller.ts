@@ -7,10 +7,10 @@
 // the API is away the copies stay, so nothing is detached; a pod that a list does not name is asked for by itself
 // before it is taken for gone.
 
-import { attachmentKey } from '../../attachments.ts';
+import { attachmentKey, hex } from '../../attachments.ts';
 import { withWishes } from '../../commands/target.ts';
 import { attach, describePod, detachRecord, isDead, type Target, verify } from '../../datapath.ts';
-import { beginDrain, endDrain, isDraining, proxiedConnections } from '../../drain.ts';
+import { beginDrain, DRAIN_SETTLE_MS, endDrain, isDraining, proxiedConnections } from '../../drain.ts';
 import { isUninstalled } from '../../install/entry.ts';
 import type { AttachmentRecord, Native, State } from '../../native.ts';
 import { trafficAnnotations } from '../../redirect/annotations.ts';
@@ -87,7 +87,7 @@ export class Enroller {
   readonly pods: Mirror<KubernetesPod>;
   readonly namespaces: Mirror<KubernetesNamespace>;
   readonly queue: WorkQueue;
-  /** of "attached", "drained", "detached", "annotated", "failed" */
+  /** of "attached", "drained", "detached", "annotated", "failed", "found_open" */
   readonly counts = new Map<string, number>();
   readonly #options: EnrollerOptions;
   /** by UID; those of the API's copy */
@@ -99,6 +99,10 @@ export class Enroller {
   readonly #waiting = new Set<() => void>();
   /** by UID: what the pod's annotations asked for when it was attached, or first seen to be */
   readonly #wishes = new Map<string, string>();
+  /** UIDs that #tellGap has told of */
+  readonly #gaps = new Set<string>();
+  /** by key: performance.now() of their begin */
+  readonly #drains = new Map<string, number>();
   readonly #lastEvent = new Map<string, { text: string; at: number }>();
   #lastTurn = Promise.resolve();
   #stopped = false;
@@ -239,6 +243,7 @@ export class Enroller {
       if (before === null) return;
       this.#byUid.delete(before.uid);
       this.#wishes.delete(before.uid);
+      this.#gaps.delete(before.uid);
       this.#gone.set(before.uid, before);
       this.queue.add(before.uid);
       return;
@@ -380,6 +385,9 @@ export class Enroller {
         throw new Error(`${finding.object}: expected ${finding.expected}, found ${finding.found}`);
       }
     } else {
+      // Not worth the while any more, and in the way of its DEL.
+      if (pod.deleting) return false;
+      this.#tellGap(pod);
       const absent = this.#options.proxyAbsent?.() ?? null;
       if (absent !== null) {
         await this.#annotate(pod, null);
@@ -411,6 +419,18 @@ export class Enroller {
     }
     await this.#annotate(pod, acknowledged === 'acknowledged' ? 'enabled' : 'pending');
     return true;
+  }
+
+  /**
+   * The mesh has been told that the pod is redirected, and it is not: bpffs is empty after a reboot, or somebody has
+   * removed the state. What it did until now went around the proxy, which cannot be undone, only said.
+   */
+  #tellGap(pod: KubernetesPod): void {
+    if (pod.annotations.get(REDIRECTION) !== 'enabled' || this.#wishes.has(pod.uid) || this.#gaps.has(pod.uid)) return;
+    this.#gaps.add(pod.uid);
+    this.#count('found_open');
+    const text = 'its annotation says that it is redirected, and it was not: its connections until now were direct';
+    this.#options.log('warn', `${pod.namespace}/${pod.name}: ${text}`, { uid: pod.uid });
   }
 
   /** Where the pod runs, if the plugin has not seen it. null: it has no network yet. */
@@ -482,14 +502,17 @@ export class Enroller {
     const { state } = this.#state();
     if (!isDraining(native, record)) {
       beginDrain(native, config, state, key, record);
+      this.#drains.set(hex(key), performance.now());
       this.#count('drained');
       log('info', `draining ${describePod(record)}: ${reason}`, { uid: record.podUid });
     }
     const current = native.getAttachment(state, key);
     if (current !== null && isDraining(native, current)) {
-      if (proxiedConnections(native, state, current) > 0) {
-        this.#later(pod?.uid ?? record.podUid, DRAIN_CHECK_MS);
+      const settled = performance.now() - (this.#drains.get(hex(key)) ?? 0) > DRAIN_SETTLE_MS;
+      if (!settled || proxiedConnections(native, state, current) > 0) {
+        this.#later(pod?.uid ?? record.podUid, settled ? DRAIN_CHECK_MS : DRAIN_SETTLE_MS);
       } else {
+        this.#drains.delete(hex(key));
         if (pod === null) detachRecord(native, config, state, key, current);
         else endDrain(native, config, state, key, current);
         this.#count('detached');

@@ -22,6 +22,8 @@ export interface KubernetesPod {
   /** "Pending", "Running", "Succeeded", "Failed", "Unknown" */
   phase: string;
   ips: readonly string[];
+  /** it runs still, and its DEL may come at any moment */
+  deleting: boolean;
   owners: readonly { kind: string; name: string }[];
 }
 
@@ -38,6 +40,7 @@ interface PodObject {
     labels?: Record<string, string>;
     annotations?: Record<string, string>;
     ownerReferences?: { kind: string; name: string }[];
+    deletionTimestamp?: string;
   };
   spec?: { serviceAccountName?: string; hostNetwork?: boolean };
   status?: { phase?: string; podIP?: string; podIPs?: { ip?: string }[] };
@@ -61,6 +64,7 @@ export function projectPod(object: unknown): KubernetesPod {
     hostNetwork: spec.hostNetwork ?? false,
     phase: status.phase ?? 'Pending',
     ips: ips.length === 0 && status.podIP ? [status.podIP] : ips,
+    deleting: metadata.deletionTimestamp !== undefined,
     owners: (metadata.ownerReferences ?? []).map(({ kind, name }) => ({ kind, name })),
   };
 }

@@ -69,6 +69,7 @@ test('of a pod only what somebody looks at is kept', () => {
     hostNetwork: false,
     phase: 'Running',
     ips: ['10.0.0.1', 'fd00::1'],
+    deleting: false,
     owners: [],
   });
   expect(identitiesOf(pod)).toEqual([UID, HASH]);
