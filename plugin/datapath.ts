@@ -40,6 +40,7 @@ import {
 } from './redirect/plan.ts';
 import { openSandbox, readFacts, requirePeer } from './sandbox.ts';
 import {
+  beside,
   type Directories,
   ensurePrograms,
   ensureState,
@@ -104,6 +105,10 @@ interface Attachment {
 
 /** Throws CniError; nothing is left then. Doing it again for the same key replaces what is there. */
 export function attach(native: Native, config: RedirectConfig, target: Target): AttachmentRecord {
+  return beside(native, config.runDir, () => attachBeside(native, config, target));
+}
+
+function attachBeside(native: Native, config: RedirectConfig, target: Target): AttachmentRecord {
   const netns = openSandbox(native, target.netnsPath);
   let state: State | undefined;
   try {
@@ -800,6 +805,10 @@ function announceProxy(attachment: Attachment): void {
  * directories that runDir knows too, because "stateDir" may have been edited since ADD.
  */
 export function detach(native: Native, dirs: Directories, key: AttachmentKey): boolean {
+  return beside(native, dirs.runDir, () => detachBeside(native, dirs, key));
+}
+
+function detachBeside(native: Native, dirs: Directories, key: AttachmentKey): boolean {
   let found = false;
   for (const stateDir of new Set([dirs.stateDir, ...knownStateDirs(dirs.runDir)])) {
     const state = openState(native, stateDir);
@@ -966,7 +975,7 @@ function removePins(native: Native, stateDir: string, key: AttachmentKey): boole
   }
 }
 
-function isSameHostLink(native: Native, record: AttachmentRecord): boolean {
+export function isSameHostLink(native: Native, record: AttachmentRecord): boolean {
   const link = native.linkByIndex(HOST, record.hostIfindex);
   return link !== null && link.mac === record.hostMac && link.peerIfindex === record.podIfindex;
 }
@@ -1331,7 +1340,7 @@ function netnsOf(hook: PlannedHook, netns: number): number {
   return hook.device === 'pod' ? netns : HOST;
 }
 
-function filterName({ program }: { program: string }): string {
+export function filterName({ program }: { program: string }): string {
   return `ambient-redirect/${program}`;
 }
 

@@ -13,7 +13,7 @@ import type { AttachmentRecord, ExclusionRule, Native, State } from '../native.t
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
 import { exclusionRules } from '../redirect/exclusions.ts';
 import { assertOtherNetns, openSandbox } from '../sandbox.ts';
-import { knownStateDirs, openState, stepError } from '../state.ts';
+import { beside, knownStateDirs, openState, stepError } from '../state.ts';
 import { type Decision, decide } from './target.ts';
 
 export function check(native: Native, request: Request): void {
@@ -28,20 +28,24 @@ export function check(native: Native, request: Request): void {
       const details = `there is none in ${request.netns}`;
       throw new CniError(Code.SANDBOX_NOT_FOUND, `interface ${request.ifname} not found`, details);
     }
-    const state = openState(native, config.stateDir);
-    if (state === null) {
-      if (decision.target.role !== 'none') throw withoutState(config);
-      return;
-    }
-    try {
-      checkState(native, config, state, netns, decision);
-    } finally {
-      native.closeState(state);
-    }
+    beside(native, config.runDir, () => checkBeside(native, config, netns, decision));
   } catch (error) {
     throw stepError(Code.STATE_FAILED, `check ${request.ifname} in ${request.netns}`, error);
   } finally {
     native.close(netns);
+  }
+}
+
+function checkBeside(native: Native, config: RedirectConfig, netns: number, decision: Decision): void {
+  const state = openState(native, config.stateDir);
+  if (state === null) {
+    if (decision.target.role !== 'none') throw withoutState(config);
+    return;
+  }
+  try {
+    checkState(native, config, state, netns, decision);
+  } finally {
+    native.closeState(state);
   }
 }
 
