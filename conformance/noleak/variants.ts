@@ -54,7 +54,7 @@ export const variants: readonly Variant[] = [
     name: 'orphans-passed',
     changes: [
       { file: 'bpf/redirect.bpf.c', find: /if \(f\) \{(?=\s+z = all \? listening_proxy)/g, replace: 'if (0 && f) {' },
-      { file: 'bpf/redirect.bpf.c', find: /if \(self->flags & INTERFACE_STRICT\)/g, replace: 'if (0)' },
+      { file: 'bpf/decide.h', find: /if \(self->flags & INTERFACE_STRICT\)/g, replace: 'if (0)' },
     ],
     caughtAs: [/^held: data$/],
   },
@@ -70,7 +70,7 @@ export const variants: readonly Variant[] = [
     name: 'short-fragment-passed',
     changes: [
       {
-        file: 'bpf/redirect.bpf.c',
+        file: 'bpf/decide.h',
         find: /drop\((?=r, REASON_DROP_SHORT_FIRST_FRAGMENT\))/g,
         replace: 'pass(',
       },
