@@ -274,10 +274,12 @@ class Migration {
     // What programs inside a proxy's namespace count has no interface of the node's.
     native.copyTraffic(from, to, 0);
     for (const { key, record } of attachments) {
-      // As late as can be: what the old programs write after it is not there for the new ones before the end.
+      // As late as can be: what the old programs write after it is not there for the new ones until it is brought.
       native.copyTraffic(from, to, record.interfaceId);
       this.#switch(to, key, record, directory, tag);
+      if (record.role === 'pod') this.#bringDirectFlows(from, to, record.interfaceId, directory);
     }
+    // What was running when it was replaced may still have put one in.
     native.waitForPrograms();
     for (const { record } of pods) this.#bringDirectFlows(from, to, record.interfaceId, directory);
     this.#forgetOthers(to, new Set(attachments.map(({ record }) => record.interfaceId)));
