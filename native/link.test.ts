@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { type Namespace, Testbed } from '../conformance/netns.ts';
-import { cause, native, opened } from './native.testing.ts';
+import { ADDON_ENVIRONMENT, cause, native, opened } from './native.testing.ts';
 
 const bed = Testbed.open();
 afterAll(() => bed.close());
@@ -164,6 +164,7 @@ test('events: a link that comes and one whose qdisc goes are named, others are n
     const { loadNative } = await import('${new URL('../plugin/addon.ts', import.meta.url)}');
     const { execFileSync } = await import('node:child_process');
     const native = loadNative();
+    delete process.env.LD_PRELOAD;
     const ip = (...args) => execFileSync('ip', args);
     ip('link', 'add', 'quiet0', 'type', 'bridge');
     const socket = native.openLinkEvents();
@@ -178,7 +179,7 @@ test('events: a link that comes and one whose qdisc goes are named, others are n
     native.close(socket);`;
   const alone = bed.namespace('alone');
   const { nothing, added, shaped, removed, index } = JSON.parse(
-    alone.run([process.execPath, '--input-type=module', '-e', script]),
+    alone.run(['env', ...ADDON_ENVIRONMENT, process.execPath, '--input-type=module', '-e', script]),
   );
   expect({ nothing, added, shaped, removed }).toEqual({
     nothing: [],

@@ -11,6 +11,12 @@ import type { AttachmentRecord, EndpointRecord, InterfaceRecord, NativeError, Pr
 /** AMBIENT_REDIRECT_ADDON selects the build: ordinary, fault-injecting, AddressSanitizer. */
 export const native = loadNative() as DemoNative;
 
+/** Assignments for `env`, for a process of a test's that loads the addon too. */
+export const ADDON_ENVIRONMENT = ['LD_PRELOAD', 'ASAN_OPTIONS', 'AMBIENT_REDIRECT_ADDON'].flatMap((name) => {
+  const value = process.env[name];
+  return value === undefined ? [] : [`${name}=${value}`];
+});
+
 // Where the sanitizer's run time is preloaded it is in this process by now; what tests start needs none.
 delete process.env.LD_PRELOAD;
 
