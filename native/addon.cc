@@ -118,7 +118,12 @@ Napi::Value netnsId(const Info &info) {
 
 Napi::Value lockFile(const Info &info) {
   std::string path = to_path(info[0], "path");
-  return number(info, lock_file(path, static_cast<uint32_t>(to_integer(info[1], "timeoutMs", 0, 3600000))));
+  return number(info, lock_file(path, static_cast<uint32_t>(to_integer(info[1], "timeoutMs", 0, 3600000)), false));
+}
+
+Napi::Value lockShared(const Info &info) {
+  std::string path = to_path(info[0], "path");
+  return number(info, lock_file(path, static_cast<uint32_t>(to_integer(info[1], "timeoutMs", 0, 3600000)), true));
 }
 
 Napi::Value isBpffs(const Info &info) { return boolean(info, is_bpffs(to_path(info[0], "path"))); }
@@ -134,6 +139,11 @@ Napi::Value makeDirectory(const Info &info) {
 }
 
 Napi::Value removeDirectory(const Info &info) { return boolean(info, remove_directory(to_path(info[0], "path"))); }
+Napi::Value renameFile(const Info &info) {
+  std::string from = to_path(info[0], "from");
+  rename_file(from, to_path(info[1], "to"));
+  return info.Env().Undefined();
+}
 Napi::Value removeFile(const Info &info) { return boolean(info, remove_file(to_path(info[0], "path"))); }
 Napi::Value capabilities(const Info &info) { return bigint(info, ambient::capabilities()); }
 
@@ -294,11 +304,11 @@ Napi::Value state_value(Napi::Env env, std::unique_ptr<State> state) {
   return object;
 }
 
-State &to_state(const Info &info) {
+State &to_state(const Info &info, size_t at = 0, const char *name = "state") {
   void *state = nullptr;
-  bool right = info[0].IsObject() && info[0].As<Napi::Object>().CheckTypeTag(&STATE_TAG) &&
-               napi_unwrap(info.Env(), info[0], &state) == napi_ok;
-  if (!right) wrong_argument("state", "a State of openState()");
+  bool right = info[at].IsObject() && info[at].As<Napi::Object>().CheckTypeTag(&STATE_TAG) &&
+               napi_unwrap(info.Env(), info[at], &state) == napi_ok;
+  if (!right) wrong_argument(name, "a State of openState()");
   return *static_cast<State *>(state);
 }
 
@@ -381,6 +391,35 @@ Napi::Value createState(const Info &info) {
 
 Napi::Value openState(const Info &info) {
   return state_value(info.Env(), std::make_unique<State>(to_path(info[0], "dir")));
+}
+
+Napi::Value openStateOver(const Info &info) {
+  std::string dir = to_path(info[0], "dir");
+  return state_value(info.Env(), std::make_unique<State>(dir, to_path(info[1], "over")));
+}
+
+Napi::Value growState(const Info &info) {
+  State &state = to_state(info);
+  std::string dir = to_path(info[1], "dir");
+  auto grown = grow_state(state, dir, static_cast<uint32_t>(to_integer(info[2], "maxPods", 1, UINT32_MAX / 32)));
+  return array_of(info.Env(), grown, [&](const std::string &map) { return Napi::String::New(info.Env(), map); });
+}
+
+Napi::Value copyRecords(const Info &info) {
+  State &from = to_state(info, 0, "from");
+  copy_records(from, to_state(info, 1, "to"));
+  return info.Env().Undefined();
+}
+
+Napi::Value copyTraffic(const Info &info) {
+  State &from = to_state(info, 0, "from"), &to = to_state(info, 1, "to");
+  copy_traffic(from, to, to_u32(info[2], "ifindex"));
+  return info.Env().Undefined();
+}
+
+Napi::Value writeCapacity(const Info &info) {
+  write_capacity(to_state(info));
+  return info.Env().Undefined();
 }
 
 Napi::Value closeState(const Info &info) {
@@ -659,11 +698,25 @@ Napi::Value mapUsage(const Info &info) {
 
 // ---- programs ----
 
-Napi::Value loadPrograms(const Info &info) {
+Napi::Value load(const Info &info, bool jump) {
   State &state = to_state(info);
   std::string dir = to_path(info[1], "dir"), tag = to_text(info[2], "tag", 63);
   if (tag.empty() || tag.find_first_of("/.") != std::string::npos) wrong_argument("tag", "a file name without a dot");
-  load_programs(state, dir, tag);
+  load_programs(state, dir, tag, jump);
+  return info.Env().Undefined();
+}
+
+Napi::Value loadPrograms(const Info &info) { return load(info, true); }
+Napi::Value loadIdlePrograms(const Info &info) { return load(info, false); }
+
+Napi::Value jumpToPrograms(const Info &info) {
+  State &state = to_state(info);
+  jump_to_programs(state, to_path(info[1], "directory"));
+  return info.Env().Undefined();
+}
+
+Napi::Value waitForPrograms(const Info &info) {
+  wait_for_programs();
   return info.Env().Undefined();
 }
 
@@ -1087,11 +1140,13 @@ const Export FUNCTIONS[] = {
     EXPORT(netnsIdentity),
     EXPORT(netnsId),
     EXPORT(lockFile),
+    EXPORT(lockShared),
     EXPORT(isBpffs),
     EXPORT(mountBpffs),
     EXPORT(makeDirectory),
     EXPORT(removeDirectory),
     EXPORT(removeFile),
+    EXPORT(renameFile),
     {"capabilities", guarded<&capabilities>},
     EXPORT(linkByName),
     EXPORT(linkByIndex),
@@ -1109,6 +1164,11 @@ const Export FUNCTIONS[] = {
     EXPORT(localRoutes),
     EXPORT(createState),
     EXPORT(openState),
+    EXPORT(openStateOver),
+    EXPORT(growState),
+    EXPORT(copyRecords),
+    EXPORT(copyTraffic),
+    EXPORT(writeCapacity),
     EXPORT(closeState),
     EXPORT(settings),
     EXPORT(getAttachment),
@@ -1144,6 +1204,9 @@ const Export FUNCTIONS[] = {
     EXPORT(followEvents),
     EXPORT(mapUsage),
     EXPORT(loadPrograms),
+    EXPORT(loadIdlePrograms),
+    EXPORT(jumpToPrograms),
+    EXPORT(waitForPrograms),
     EXPORT(loadStub),
     EXPORT(jumpTarget),
     EXPORT(openProgram),

@@ -132,6 +132,45 @@ describe('every kernel call fails once', () => {
     // Half of its calls fail after the verifier has done its work.
   }, 180_000);
 
+  test('larger maps in the place of these', () => {
+    const next = join(dir, 'next');
+    native.makeDirectory(next, 0o700);
+    const clear = () => {
+      for (const name of readdirSync(next)) native.removeFile(join(next, name));
+    };
+    failEach(() => native.growState(state, next, 64), clear);
+    const grown = ['interfaces', 'endpoints', 'direct', 'exclusions', 'listeners', 'counters', 'attachments'];
+    expect(native.growState(state, next, 64)).toEqual(grown);
+    failEach(() => native.closeState(native.openStateOver(dir, next)));
+    const to = native.openStateOver(dir, next);
+    const [key, id] = [bytes(32, 7), 7];
+    native.putAttachment(state, key, attachmentRecord());
+    native.putInterface(state, id, interfaceRecord());
+    native.putEndpoint(state, address(7), endpointRecord(), true);
+    native.importDirectFlow(importer, id, FLOW);
+    native.putInterface(to, 8, interfaceRecord());
+    native.putExclusions(to, 8, []);
+    failEach(() => native.copyRecords(state, to));
+    failEach(() => native.copyTraffic(state, to, id));
+    expect(native.listAttachments(to)).toEqual(native.listAttachments(state));
+    expect(native.listInterfaces(to)).toEqual([{ ifindex: id, record: interfaceRecord() }]);
+    expect(native.getEndpoint(to, address(7))).toEqual(endpointRecord());
+    expect(native.listExclusions(to)).toEqual([]);
+    expect(native.directFlows(to, id)).toEqual([FLOW]);
+    failEach(() => native.jumpToPrograms(to, join(dir, 'programs/test')));
+    failEach(() => native.waitForPrograms());
+    failEach(() => native.writeCapacity(to));
+    native.closeState(to);
+    expect(native.mapUsage(state).find(({ map }) => map === 'interfaces')?.capacity).toBe(WANTED.maxPods);
+    failEach(() => native.writeCapacity(state));
+    native.deleteAttachment(state, key);
+    native.deleteInterface(state, id);
+    native.deleteEndpoint(state, address(7));
+    native.deleteDirectFlows(state, id);
+    clear();
+    native.removeDirectory(next);
+  });
+
   const key = bytes(32);
   const rule = { family: 4, priority: 100, mark: 1, table: 100, protocol: 163 } as const;
   const route = { family: 4, table: 100, protocol: 163 } as const;
@@ -148,6 +187,8 @@ describe('every kernel call fails once', () => {
     'netnsIdentity of HOST': { act: () => native.netnsIdentity(-1) },
     netnsId: { act: () => native.inNetns(netns, () => native.netnsId(podFd, true)) },
     lockFile: { act: () => native.close(native.lockFile(lock, 0)) },
+    lockShared: { act: () => native.close(native.lockShared(lock, 0)) },
+    renameFile: { act: () => native.renameFile(lock, lock) },
     isBpffs: { act: () => native.isBpffs(dir) },
     mountBpffs: {
       act: () => native.mountBpffs(join(dir, '../../mnt')),

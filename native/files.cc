@@ -60,7 +60,7 @@ int64_t monotonic_ms() {
 
 }  // namespace
 
-int lock_file(const std::string &path, uint32_t timeout_ms) {
+int lock_file(const std::string &path, uint32_t timeout_ms, bool shared) {
   const int64_t deadline = monotonic_ms() + timeout_ms;
   for (;;) {
     Fd fd(kernel_call("open", [&] {
@@ -70,7 +70,7 @@ int lock_file(const std::string &path, uint32_t timeout_ms) {
     // flock has no time limit of its own, and an alarm signal would belong to Node. The steps are short against what
     // holders do under the lock (links: tens of milliseconds).
     int64_t step_ms = 1;
-    while (kernel_call("flock", [&] { return ::flock(fd.get(), LOCK_EX | LOCK_NB); }) < 0) {
+    while (kernel_call("flock", [&] { return ::flock(fd.get(), (shared ? LOCK_SH : LOCK_EX) | LOCK_NB); }) < 0) {
       if (errno == EINTR) continue;
       if (errno != EWOULDBLOCK) throw KernelError(errno, "flock", path);
       int64_t left = deadline - monotonic_ms();

@@ -11,7 +11,8 @@
 namespace ambient {
 
 void close_fd(int fd);
-int lock_file(const std::string &path, uint32_t timeout_ms);
+// `shared`: beside others that are; else alone.
+int lock_file(const std::string &path, uint32_t timeout_ms, bool shared);
 bool is_bpffs(const std::string &path);
 void mount_bpffs(const std::string &path);
 bool make_directory(const std::string &path, mode_t mode);

@@ -110,9 +110,15 @@ struct Free {
 
 }  // namespace
 
-const char *object_id() { return redirect_OBJECT_ID; }
+const char *object_id() {
+#ifdef AMBIENT_FAULTS
+  // For tests: another build of the programs, as far as names tell.
+  if (const char *other = getenv("AMBIENT_REDIRECT_OBJECT_ID")) return other;
+#endif
+  return redirect_OBJECT_ID;
+}
 
-void load_programs(const State &state, const std::string &dir, const std::string &tag) {
+void load_programs(const State &state, const std::string &dir, const std::string &tag, bool jump) {
   const struct settings &settings = state.settings();
   const Features kernel = features();
   std::unique_ptr<char, Free> log(static_cast<char *>(malloc(LOG_SIZE)));
@@ -179,10 +185,10 @@ void load_programs(const State &state, const std::string &dir, const std::string
   // What runs in pods' namespaces already goes on with these.
   for (enum program jumped_to : JUMPED_TO) {
     bpf_program *program = bpf_object__find_program_by_name(skeleton->obj, word_of(PROGRAMS, jumped_to));
-    if (!program || !bpf_program__autoload(program)) continue;
-    const Jump jump = jump_of(jumped_to);
+    if (!jump || !program || !bpf_program__autoload(program)) continue;
+    const Jump place = jump_of(jumped_to);
     int fd = bpf_program__fd(program);
-    update(state.fd(jump.map), &jump.index, &fd, Update::any, map_name(jump.map));
+    update(state.fd(place.map), &place.index, &fd, Update::any, map_name(place.map));
   }
 
   std::string programs = dir + "/programs", directory = programs + "/" + tag;
@@ -201,6 +207,17 @@ void load_programs(const State &state, const std::string &dir, const std::string
   // It counts nothing and is attached nowhere, so it is none of PROGRAMS, whose last one tells that all are there.
   pin("direct_import");
   for (const Name *name = PROGRAMS; name->word; name++) pin(name->word);
+}
+
+void jump_to_programs(const State &state, const std::string &directory) {
+  for (enum program jumped_to : JUMPED_TO) {
+    Fd program = get_object(directory + "/" + word_of(PROGRAMS, jumped_to), true);
+    if (!program) continue;
+    if (jumped_to == INPOD_LOOKUP) wait_for_programs();
+    const Jump place = jump_of(jumped_to);
+    int fd = program.get();
+    update(state.fd(place.map), &place.index, &fd, Update::any, map_name(place.map));
+  }
 }
 
 Fd load_stub(const State &state, enum program program, uint32_t interface_id, bool drop) {

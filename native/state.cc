@@ -226,7 +226,8 @@ void check_layout(const MapInfo &info, int fd, const std::string &path) {
   if (layout != LAYOUT_VERSION) {
     throw KernelError(EPROTO, "bpf(BPF_OBJ_GET)",
                       path + " has layout " + std::to_string(layout) + ", this program wants layout " +
-                          std::to_string(LAYOUT_VERSION));
+                          std::to_string(LAYOUT_VERSION) +
+                          (layout > LAYOUT_VERSION ? ": a newer version made it" : ": none of its versions is as old"));
   }
 }
 
@@ -279,13 +280,17 @@ struct settings new_settings(const WantedState &wanted) {
 
 const char *map_name(Map map) { return SHAPES[map].name; }
 
-State::State(const std::string &dir) {
+State::State(const std::string &dir, const std::string &over) {
   auto settings = read_settings(dir, maps_[SETTINGS]);
   if (!settings) throw KernelError(ENOENT, "bpf(BPF_OBJ_GET)", dir + "/settings");
   settings_ = *settings;
   for (int i = 0; i < SETTINGS; i++) {
-    std::string path = dir + "/" + SHAPES[i].name;
-    maps_[i] = get_object(path, false);
+    std::string path = over + "/" + SHAPES[i].name;
+    if (!over.empty()) maps_[i] = get_object(path, true);
+    if (!maps_[i]) {
+      path = dir + "/" + SHAPES[i].name;
+      maps_[i] = get_object(path, false);
+    }
     check_shape(map_info(maps_[i].get(), path), SHAPES[i], path);
   }
 }
@@ -412,6 +417,109 @@ std::vector<std::string> keys(const State &state, Map map) {
   std::vector<std::string> found;
   walk(state, map, [&](const std::string &key) { found.push_back(key); });
   return found;
+}
+
+std::vector<std::string> grow_state(const State &state, const std::string &dir, uint32_t max_pods) {
+  struct settings wanted = state.settings();
+  wanted.max_pods = max_pods;
+  std::vector<std::string> grown;
+  for (Map map : {INTERFACES, ENDPOINTS, DIRECT, EXCLUSIONS, LISTENERS, COUNTERS, ATTACHMENTS}) {
+    const std::string path = dir + "/" + SHAPES[map].name;
+    if (map_info(state.fd(map), path).max_entries >= capacity(map, wanted)) continue;
+    pin_object(make_state_map(map, wanted, path).get(), path);
+    grown.push_back(SHAPES[map].name);
+  }
+  return grown;
+}
+
+namespace {
+
+bool is_same(const State &a, const State &b, Map map) {
+  return map_info(a.fd(map), SHAPES[map].name).id == map_info(b.fd(map), SHAPES[map].name).id;
+}
+
+}  // namespace
+
+void copy_records(const State &from, const State &to) {
+  for (Map map : {INTERFACES, ENDPOINTS, EXCLUSIONS, ATTACHMENTS}) {
+    if (is_same(from, to, map)) continue;
+    const char *name = SHAPES[map].name;
+    std::unordered_set<std::string> present;
+    std::vector<uint8_t> value(SHAPES[map].value_size);
+    for (const std::string &key : keys(from, map)) {
+      if (map == EXCLUSIONS) {
+        uint32_t ifindex;
+        memcpy(&ifindex, key.data(), sizeof(ifindex));
+        put_exclusions(to, ifindex, exclusions(from, ifindex));
+      } else if (lookup(from.fd(map), key.data(), value.data(), name)) {
+        update(to.fd(map), key.data(), value.data(), Update::any, name);
+      } else {
+        continue;
+      }
+      present.insert(key);
+    }
+    for (const std::string &key : keys(to, map)) {
+      if (present.count(key)) continue;
+      if (map == EXCLUSIONS) {
+        uint32_t ifindex;
+        memcpy(&ifindex, key.data(), sizeof(ifindex));
+        delete_exclusions(to, ifindex);
+      } else {
+        erase(to.fd(map), key.data(), name);
+      }
+    }
+  }
+}
+
+// The attempts of each map count as one kernel call.
+void copy_traffic(const State &from, const State &to, uint32_t ifindex) {
+  auto copy = [&](Map map, const void *key, void *value) {
+    if (bpf_map_lookup_elem(from.fd(map), key, value) < 0) return errno == ENOENT;
+    return bpf_map_update_elem(to.fd(map), key, value, BPF_NOEXIST) == 0 || errno == EEXIST;
+  };
+  auto check = [](int result, Map map) {
+    if (result < 0) throw KernelError(errno, "bpf(BPF_MAP_UPDATE_ELEM)", std::string("map ") + SHAPES[map].name);
+  };
+  if (!is_same(from, to, COUNTERS)) {
+    std::vector<struct counter> values(possible_cpus());
+    check(kernel_call("bpf(BPF_MAP_UPDATE_ELEM)", [&] {
+      for (const Name *program = PROGRAMS; program->word; program++) {
+        for (uint16_t reason = 1; reason < REASON_MAX; reason++) {
+          struct counter_key key = {ifindex, static_cast<uint16_t>(program->number), reason};
+          if (!copy(COUNTERS, &key, values.data())) return -1;
+        }
+      }
+      return 0;
+    }), COUNTERS);
+  }
+  if (!is_same(from, to, DIRECT)) {
+    struct direct_set set;
+    check(kernel_call("bpf(BPF_MAP_UPDATE_ELEM)", [&] {
+      for (struct direct_key key = {ifindex, 0}; key.set < direct_sets(from.settings()); key.set++) {
+        if (!copy(DIRECT, &key, &set)) return -1;
+      }
+      return 0;
+    }), DIRECT);
+  }
+}
+
+void write_capacity(const State &state) {
+  struct settings settings = {};
+  uint32_t key = 0;
+  if (!lookup(state.fd(SETTINGS), &key, &settings, "settings")) {
+    throw KernelError(EPROTO, "bpf(BPF_MAP_LOOKUP_ELEM)", "map settings");
+  }
+  settings.max_pods = map_info(state.fd(INTERFACES), "interfaces").max_entries;
+  update(state.fd(SETTINGS), &key, &settings, Update::any, "settings");
+}
+
+// The kernel waits so for whoever changes a map of maps; membarrier(2) does too, but not where CPUs are nohz_full.
+void wait_for_programs() {
+  struct settings one = {};
+  one.max_pods = 1;
+  Fd outer = make_state_map(EXCLUSIONS, one, "a map of maps to wait by"), inner = make_exclusion_trie();
+  const uint32_t key = 0, value = static_cast<uint32_t>(inner.get());
+  update(outer.get(), &key, &value, Update::any, "a map of maps to wait by");
 }
 
 uint32_t direct_sets(const struct settings &settings) {

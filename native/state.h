@@ -46,8 +46,9 @@ const char *map_name(Map map);
 
 class State {
  public:
-  // Throws ENOENT where there is no complete state, EPROTO where it is of another layout.
-  explicit State(const std::string &dir);
+  // Maps that are pinned in `over` come from there, unless it is empty. Throws ENOENT where there is no complete state,
+  // EPROTO where it is of another layout.
+  explicit State(const std::string &dir, const std::string &over = {});
 
   // Throws EBADF after close().
   int fd(Map map) const;
@@ -69,6 +70,17 @@ struct WantedState {
   uint32_t variant;
 };
 void create_state(const std::string &dir, const WantedState &wanted);
+
+// Pins in `dir` new, empty maps for those of `state` that are too small for `max_pods`, and gives their names.
+std::vector<std::string> grow_state(const State &state, const std::string &dir, uint32_t max_pods);
+// What only the control plane writes, in those maps that are not the same in both: `to` gets what `from` has.
+void copy_records(const State &from, const State &to);
+// What the programs write about one interface, as far as `to` has no such entry. They may go on meanwhile.
+void copy_traffic(const State &from, const State &to, uint32_t ifindex);
+// settings.max_pods becomes what the maps have room for.
+void write_capacity(const State &state);
+// When it returns, no program runs any more that was replaced before.
+void wait_for_programs();
 
 // Every key once. Entries that come and go during the walk may or may not be among them; all others are.
 std::vector<std::string> keys(const State &state, Map map);

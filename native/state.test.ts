@@ -205,15 +205,15 @@ describe('openState', () => {
   }
 
   test.each([
-    ['a later layout', native.layoutVersion + 1, 200],
-    ['an earlier layout of another size', 0, 8],
-  ])('%s: EPROTO that names found and wanted', (_, layout, size) => {
+    ['a later layout', native.layoutVersion + 1, 200, 'a newer version made it'],
+    ['an earlier layout of another size', 0, 8, 'none of its versions is as old'],
+  ])('%s: EPROTO that names found and wanted', (_, layout, size, why) => {
     native.createState(dir, WANTED);
     foreignSettings(size, layout);
     for (const action of [() => native.openState(dir), () => native.createState(dir, WANTED)]) {
       expect(failure(action)).toMatchObject({
         code: 'EPROTO',
-        message: `bpf(BPF_OBJ_GET) ${dir}/settings has layout ${layout}, this program wants layout ${native.layoutVersion}: EPROTO`,
+        message: `bpf(BPF_OBJ_GET) ${dir}/settings has layout ${layout}, this program wants layout ${native.layoutVersion}: ${why}: EPROTO`,
       });
     }
   });

@@ -111,6 +111,10 @@ const functions: Record<
     ['path', path],
     ['timeoutMs', timeout],
   ],
+  lockShared: [
+    ['path', path],
+    ['timeoutMs', timeout],
+  ],
   isBpffs: [['path', path]],
   mountBpffs: [['path', path]],
   makeDirectory: [
@@ -119,6 +123,10 @@ const functions: Record<
   ],
   removeDirectory: [['path', path]],
   removeFile: [['path', path]],
+  renameFile: [
+    ['from', path],
+    ['to', path],
+  ],
   capabilities: [],
   linkByName: [
     ['netns', netns],
@@ -207,6 +215,25 @@ const functions: Record<
     ['wanted', object(() => structuredClone(WANTED))],
   ],
   openState: [['dir', path]],
+  openStateOver: [
+    ['dir', path],
+    ['over', path],
+  ],
+  growState: [
+    ['state', stateKind],
+    ['dir', path],
+    ['maxPods', positive],
+  ],
+  copyRecords: [
+    ['from', stateKind],
+    ['to', stateKind],
+  ],
+  copyTraffic: [
+    ['from', stateKind],
+    ['to', stateKind],
+    ['ifindex', u32],
+  ],
+  writeCapacity: [['state', stateKind]],
   closeState: [['state', stateKind]],
   settings: [['state', stateKind]],
   getAttachment: [
@@ -306,6 +333,16 @@ const functions: Record<
     ['dir', path],
     ['tag', tag],
   ],
+  loadIdlePrograms: [
+    ['state', stateKind],
+    ['dir', path],
+    ['tag', tag],
+  ],
+  jumpToPrograms: [
+    ['state', stateKind],
+    ['directory', path],
+  ],
+  waitForPrograms: [],
   openProgram: [['path', path]],
   programInfo: [['programFd', fd]],
   programById: [['id', u32]],

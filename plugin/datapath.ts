@@ -15,6 +15,7 @@ import type {
   EndpointRecord,
   HookRecord,
   LocalRoute,
+  Mac,
   Native,
   ProxyRecord,
   Rule,
@@ -39,6 +40,7 @@ import {
 } from './redirect/plan.ts';
 import { openSandbox, readFacts, requirePeer } from './sandbox.ts';
 import {
+  beside,
   type Directories,
   ensurePrograms,
   ensureState,
@@ -103,6 +105,10 @@ interface Attachment {
 
 /** Throws CniError; nothing is left then. Doing it again for the same key replaces what is there. */
 export function attach(native: Native, config: RedirectConfig, target: Target): AttachmentRecord {
+  return beside(native, config.runDir, () => attachBeside(native, config, target));
+}
+
+function attachBeside(native: Native, config: RedirectConfig, target: Target): AttachmentRecord {
   const netns = openSandbox(native, target.netnsPath);
   let state: State | undefined;
   try {
@@ -799,6 +805,10 @@ function announceProxy(attachment: Attachment): void {
  * directories that runDir knows too, because "stateDir" may have been edited since ADD.
  */
 export function detach(native: Native, dirs: Directories, key: AttachmentKey): boolean {
+  return beside(native, dirs.runDir, () => detachBeside(native, dirs, key));
+}
+
+function detachBeside(native: Native, dirs: Directories, key: AttachmentKey): boolean {
   let found = false;
   for (const stateDir of new Set([dirs.stateDir, ...knownStateDirs(dirs.runDir)])) {
     const state = openState(native, stateDir);
@@ -965,7 +975,7 @@ function removePins(native: Native, stateDir: string, key: AttachmentKey): boole
   }
 }
 
-function isSameHostLink(native: Native, record: AttachmentRecord): boolean {
+export function isSameHostLink(native: Native, record: AttachmentRecord): boolean {
   const link = native.linkByIndex(HOST, record.hostIfindex);
   return link !== null && link.mac === record.hostMac && link.peerIfindex === record.podIfindex;
 }
@@ -1034,17 +1044,48 @@ export function verify(
 
 /** A plugin that follows in the chain may change it (tuning): then our programs take the pod's frames for another host's. */
 function verifyMac(native: Native, record: AttachmentRecord, findings: Finding[]): void {
-  inOwnNetns(native, record, (netns) => {
-    const link = native.linkByIndex(netns, record.podIfindex);
-    if (link === null || link.mac === record.podMac) return;
-    findings.push({
-      code: Code.ENTRY_MISMATCH,
-      kind: 'interface',
-      object: `MAC address of ${record.ifname} in ${record.netnsPath}`,
-      expected: record.podMac,
-      found: link.mac,
-    });
+  const found = podMacNow(native, record);
+  if (found === record.podMac) return;
+  findings.push({
+    code: Code.ENTRY_MISMATCH,
+    kind: 'interface',
+    object: `MAC address of ${record.ifname} in ${record.netnsPath}`,
+    expected: record.podMac,
+    found,
   });
+}
+
+/** The recorded one where the interface is gone. */
+function podMacNow(native: Native, record: AttachmentRecord): Mac {
+  let mac = record.podMac;
+  inOwnNetns(native, record, (netns) => {
+    mac = native.linkByIndex(netns, record.podIfindex)?.mac ?? mac;
+  });
+  return mac;
+}
+
+/**
+ * Has the programs know a pod by the MAC address that it has now. Returns the record as it is then; the same one where
+ * nothing was to be done.
+ */
+export function followMac(
+  native: Native,
+  state: State,
+  key: AttachmentKey,
+  record: AttachmentRecord,
+): AttachmentRecord {
+  if (record.role !== 'pod' || record.state !== 'attached') return record;
+  const podMac = podMacNow(native, record);
+  if (podMac === record.podMac) return record;
+  for (const address of record.addresses) {
+    const endpoint = native.getEndpoint(state, address);
+    if (endpoint?.ifindex === record.interfaceId) native.putEndpoint(state, address, { ...endpoint, podMac }, false);
+  }
+  const entry = native.getInterface(state, record.interfaceId);
+  if (entry !== null) native.putInterface(state, record.interfaceId, { ...entry, podMac });
+  const now = { ...record, podMac };
+  native.putAttachment(state, key, now);
+  return now;
 }
 
 /** What attach() has made itself. */
@@ -1299,7 +1340,7 @@ function netnsOf(hook: PlannedHook, netns: number): number {
   return hook.device === 'pod' ? netns : HOST;
 }
 
-function filterName({ program }: { program: string }): string {
+export function filterName({ program }: { program: string }): string {
   return `ambient-redirect/${program}`;
 }
 

@@ -7,7 +7,7 @@ import { join } from 'node:path';
 import { hex } from './attachments.ts';
 import { detachRecord, inOwnNetns } from './datapath.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from './native.ts';
-import { type Directories, openState } from './state.ts';
+import { beside, type Directories, openState } from './state.ts';
 
 /**
  * A SYN that was redirected the moment before is no socket of the proxy's yet: whoever looks for sockets at once finds
@@ -97,6 +97,10 @@ export function endDrains(native: Native, dirs: Directories): void {
   if (began === undefined) return;
   const age = Date.now() - began;
   if (age >= 0 && age < DRAIN_SETTLE_MS) return;
+  beside(native, dirs.runDir, () => endDrainsBeside(native, dirs));
+}
+
+function endDrainsBeside(native: Native, dirs: Directories): void {
   const state = openState(native, dirs.stateDir);
   try {
     let left = 0;

@@ -343,6 +343,8 @@ export interface Native {
   netnsId(netns: number, allocate: boolean): number;
   /** flock(LOCK_EX) on a file created 0600; waits at most timeoutMs, then ETIMEDOUT. Released by close(). */
   lockFile(path: string, timeoutMs: number): number;
+  /** the same with LOCK_SH */
+  lockShared(path: string, timeoutMs: number): number;
   /** statfs magic is BPF_FS_MAGIC; false if path does not exist */
   isBpffs(path: string): boolean;
   mountBpffs(path: string): void;
@@ -351,6 +353,8 @@ export interface Native {
   removeDirectory(path: string): boolean;
   /** unlink; false if it was not there */
   removeFile(path: string): boolean;
+  /** rename; what was at `to` is replaced */
+  renameFile(from: string, to: string): void;
   /** effective capabilities of this thread, as a bit set (capget) */
   capabilities(): bigint;
 
@@ -384,6 +388,19 @@ export interface Native {
    * message names found and wanted.
    */
   openState(dir: string): State;
+  /** The same, with the maps that are pinned in `over` in the place of those in `dir`. */
+  openStateOver(dir: string, over: string): State;
+  /**
+   * Pins in `dir` new, empty maps for those of `state` that have not room for `maxPods`; their names. EEXIST: a pin is
+   * there already.
+   */
+  growState(state: State, dir: string, maxPods: number): string[];
+  /** Attachments, interfaces, endpoints and exclusions of `to` become those of `from`, where the maps are not the same. */
+  copyRecords(from: State, to: State): void;
+  /** Counters and direct flows of one interface, or counters of 0; entries that `to` has already stay. */
+  copyTraffic(from: State, to: State, ifindex: number): void;
+  /** settings.maxPods becomes what the maps have room for */
+  writeCapacity(state: State): void;
   closeState(state: State): void;
   settings(state: State): StateSettings;
 
@@ -455,6 +472,12 @@ export interface Native {
   // --- programs ------------------------------------------------------------------------------------------------
   /** Loads all programs against the pinned maps of `state` and pins them under dir/programs/<tag>/NAME. Caller holds the lock. */
   loadPrograms(state: State, dir: string, tag: string): void;
+  /** The same, but stubs go on to what they went on to before. */
+  loadIdlePrograms(state: State, dir: string, tag: string): void;
+  /** Stubs go on to those programs of dir/programs/TAG from now on. Waits as waitForPrograms() before the last one. */
+  jumpToPrograms(state: State, directory: string): void;
+  /** Returns when no program runs any more that was replaced before the call: a grace period, some 10 ms. */
+  waitForPrograms(): void;
   /**
    * A new stub for one hook of a pod's netns, not pinned: the caller attaches and closes it. `otherwise`: what it does
    * with packets when its target is gone, which is when the state directory is.

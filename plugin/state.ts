@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The state directory on bpffs: pinned maps, programs and links. Opened by every verb, created by the first ADD.
 
-import { appendFileSync, readFileSync } from 'node:fs';
+import { appendFileSync, existsSync, readFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { CniError, Code } from './cni/errors.ts';
 import type { Native, NativeError, State, StateSettings } from './native.ts';
@@ -9,6 +9,8 @@ import type { RedirectConfig } from './redirect/config.ts';
 
 /** Longer than any creation takes: map set-up and the verifier together need well under a second. */
 const LOCK_TIMEOUT_MILLISECONDS = 10_000;
+/** ADDs that come one after the other leave a gap between them. */
+const MIGRATION_TIMEOUT_MILLISECONDS = 60_000;
 
 export interface Directories {
   stateDir: string;
@@ -56,6 +58,51 @@ export function locked<T>(native: Native, runDir: string, body: () => T): T {
   }
 }
 
+/**
+ * Runs `body` while no migration replaces maps and programs. A migration makes the directory of the lock: where there is
+ * none, none is under way. Throws CniError 103 when one goes on for too long.
+ */
+export function beside<T>(native: Native, runDir: string, body: () => T): T {
+  let fd: number | undefined;
+  const path = migrationLock(runDir);
+  try {
+    fd = native.lockShared(path, LOCK_TIMEOUT_MILLISECONDS);
+  } catch (error) {
+    if (!hasCode(error, 'ENOENT')) throw stepError(Code.STATE_FAILED, `lock ${path}`, error);
+  }
+  try {
+    return body();
+  } finally {
+    if (fd !== undefined) native.close(fd);
+  }
+}
+
+/** Runs `body` while nobody is in beside(). Throws CniError 103. */
+export function alone<T>(native: Native, runDir: string, body: () => T): T {
+  let fd: number;
+  const path = migrationLock(runDir);
+  try {
+    makePath(native, runDir, 0o700);
+    fd = native.lockFile(path, MIGRATION_TIMEOUT_MILLISECONDS);
+  } catch (error) {
+    throw stepError(Code.STATE_FAILED, `lock ${path}`, error);
+  }
+  try {
+    return body();
+  } finally {
+    native.close(fd);
+  }
+}
+
+function migrationLock(runDir: string): string {
+  return join(runDir, 'migration.lock');
+}
+
+/** Where a migration makes what is to replace the present maps and programs (migrate.ts). */
+export function nextDirectory(stateDir: string): string {
+  return join(stateDir, 'next');
+}
+
 /** The state at `dir`, or null if there is none. Throws CniError 103 or 104. */
 export function openState(native: Native, dir: string): State | null {
   try {
@@ -69,9 +116,15 @@ export function openState(native: Native, dir: string): State | null {
   }
 }
 
-/** Opens the state and makes what of it is missing: bpffs, directory, maps. Throws CniError 7, 103, 104, 110. */
+/** Opens the state and makes what of it is missing: bpffs, directory, maps. Throws CniError 7, 11, 103, 104, 110. */
 export function ensureState(native: Native, config: RedirectConfig): State {
   const { stateDir, runDir } = config;
+  // Some pods have the programs of the next maps already, and would not know one that is only in these.
+  const unfinished = join(nextDirectory(stateDir), 'complete');
+  if (existsSync(unfinished)) {
+    const details = `${unfinished} is there; "install" or the agent's start goes on with it`;
+    throw new CniError(Code.TRY_AGAIN_LATER, `a migration of the state in ${stateDir} was cut short`, details);
+  }
   const state = openState(native, stateDir) ?? locked(native, runDir, () => createState(native, config));
   try {
     assertSameSettings(native.settings(state), config);

@@ -66,8 +66,8 @@ export async function ask(
 
 /**
  * What the plugin's state directory holds for pods: links, and map entries. Programs and empty maps stay by design, and
- * so do `settings` (of the directory), counters without an interface (of all proxies together) and `flows` (an LRU
- * cache of tuples that the kernel empties).
+ * so do `settings` (of the directory), `jump` and `jump_lookup` (of the programs), counters without an interface (of all
+ * proxies together) and `flows` (an LRU cache of tuples that the kernel empties).
  */
 export async function podState(
   node: ThrowawayNode,
@@ -84,6 +84,8 @@ export async function podState(
     }
     const stays =
       map === 'settings' ||
+      map === 'jump' ||
+      map === 'jump_lookup' ||
       map === 'flows' ||
       (map === 'counters' && entry.startsWith('00000000')) ||
       // struct proxies begins with the number of proxies.

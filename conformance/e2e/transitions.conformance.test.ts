@@ -77,8 +77,8 @@ describe.each(LONG ? kinds : kinds.slice(0, 1))('under load, $primary, $hook', (
     const count = () => atOutsider.packets(`tcp and src host ${mesh.address('plain', 4)} and greater 200`).length;
     await until('bytes on their way', () => count() > 50);
     await mesh.commanded('enroll', '--netns', mesh.plain.netns.path, '--pod', 'default/plain');
-    await untilMoved(mesh.plain, 'pod_egress pass_no_proxy_socket', 100);
-    await untilMoved(mesh.plain, 'pod_ingress pass_no_proxy_socket', 100);
+    await untilMoved(mesh.plain, 'pod_egress pass_direct', 100);
+    await untilMoved(mesh.plain, 'pod_ingress pass_direct', 100);
     expect(mesh.haproxy.proxied()).toEqual([]);
     // New ones do not.
     const newer = begin([['plain', 'outsider']]);

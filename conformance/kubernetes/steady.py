@@ -24,6 +24,9 @@ def request(source):
     try:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as connection:
             connection.settimeout(10)
+            if ":" in address:
+                # Another one may count up in the other family.
+                connection.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             connection.bind(("", source))
             connection.connect((address, port))
             file = connection.makefile("rwb")

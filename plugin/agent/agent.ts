@@ -29,7 +29,8 @@ import { CniError, Code } from '../cni/errors.ts';
 import { decide as decideTarget, enrolmentOf } from '../commands/target.ts';
 import { attach, describePod, detach, isDead, sweepDead, type Target } from '../datapath.ts';
 import { beginDrain, isDraining, tryEndDrains } from '../drain.ts';
-import { isUninstalled } from '../install/entry.ts';
+import { isUninstalled, rememberedInstall } from '../install/entry.ts';
+import { migrateAll } from '../migrate.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.ts';
 import { countPending, listPending, type PendingPod, removePending } from '../pending.ts';
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
@@ -132,6 +133,7 @@ export class Agent {
     this.#takeLock();
     try {
       assertSharedBpffs(this.settings.stateDir);
+      this.#migrate();
       await this.#rebuild();
       this.#truth = this.#holdToTheTruth();
       mkdirSync(dirname(this.settings.zdsSocket), { recursive: true, mode: 0o755 });
@@ -352,6 +354,21 @@ export class Agent {
   }
 
   // ---- state -------------------------------------------------------------------------------------------------------
+
+  /** What `install` does too: a node may get a new agent without it, and it may have been cut short. */
+  #migrate(): void {
+    // Where nobody has said what the plugin's entry is, the room that there is stays.
+    const installed = rememberedInstall(this.settings.runDir);
+    const { maxPods } =
+      this.settings.conf !== undefined ? this.config : installed ? parseConfig(installed.wanted.entry) : { maxPods: 0 };
+    for (const [stateDir, { attachments, maxPods: room }] of migrateAll(this.native, {
+      ...this.#directories(),
+      maxPods,
+    })) {
+      if (attachments > 0) this.log.info({ stateDir, attachments }, 'attachments got the programs of this build');
+      if (room !== undefined) this.log.info({ stateDir, maxPods: room }, 'the maps have room for more pods');
+    }
+  }
 
   /** Every pod that the plugin has attached in this contract is known afterwards. */
   async #rebuild(): Promise<void> {

@@ -42,12 +42,16 @@ export function entryOptions(
 
 export async function installCommand(terminal: Terminal, values: Values<typeof INSTALL_SETTINGS>): Promise<0> {
   const options = entryOptions(values);
-  const { cniNetDir, cniBinDir, runDir, wait } = values;
+  const { cniNetDir, cniBinDir, stateDir, runDir, wait } = values;
   const installed = await install(
     loadNative(),
-    { ...options, binDir: cniBinDir, runDir, wait, executable: ownExecutable() },
+    { ...options, binDir: cniBinDir, stateDir, runDir, wait, executable: ownExecutable() },
     () => terminal.err(`waiting for a network configuration in ${cniNetDir}\n`),
   );
+  for (const [dir, { attachments, maxPods }] of installed.migrated) {
+    if (attachments > 0) terminal.out(`${dir}: ${count(attachments, 'attachment')} with the programs of this build\n`);
+    if (maxPods !== undefined) terminal.out(`${dir}: room for ${count(maxPods, 'pod')}\n`);
+  }
   terminal.out(`${cniBinDir}/ambient-redirect: ${installed.executableChanged ? 'installed' : 'unchanged'}\n`);
   terminal.out(`${cniNetDir}/${installed.name}: ${installed.notes.join(', ') || 'unchanged'}\n`);
   return 0;

@@ -56,7 +56,7 @@ export const registry = [
   {
     code: 104,
     name: 'STATE_VERSION',
-    meaning: 'The pinned state was made by a version with another layout; `install` migrates it.',
+    meaning: 'The pinned state has the layout of another version, which this one cannot convert (see "Upgrading").',
   },
   { code: 105, name: 'PROGRAM_MISSING', meaning: 'CHECK: a program is detached, or another one is in its place.' },
   { code: 106, name: 'ENTRY_MISMATCH', meaning: "CHECK: a map entry of the pod is missing or differs from the pod's." },

@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// CHECK: SPEC section "CHECK". Compares what ADD made with what is there; changes and repairs nothing.
+// CHECK: SPEC section "CHECK". Compares what ADD made with what is there and repairs nothing. A later plugin in the chain may
+// have given the pod another MAC address, which SPEC allows: what our programs know of it follows.
 
 import { attachmentKey, hex } from '../attachments.ts';
 import { formatAddress } from '../cni/address.ts';
 import type { Request } from '../cni/dispatch.ts';
 import { CniError, Code } from '../cni/errors.ts';
-import { describePod, type Finding, verify } from '../datapath.ts';
+import { describePod, type Finding, followMac, verify } from '../datapath.ts';
 import { othersAt } from '../foreign.ts';
 import { createLog } from '../log.ts';
 import type { AttachmentRecord, ExclusionRule, Native, State } from '../native.ts';
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
 import { exclusionRules } from '../redirect/exclusions.ts';
 import { assertOtherNetns, openSandbox } from '../sandbox.ts';
-import { knownStateDirs, openState, stepError } from '../state.ts';
+import { beside, knownStateDirs, openState, stepError } from '../state.ts';
 import { type Decision, decide } from './target.ts';
 
 export function check(native: Native, request: Request): void {
@@ -27,20 +28,24 @@ export function check(native: Native, request: Request): void {
       const details = `there is none in ${request.netns}`;
       throw new CniError(Code.SANDBOX_NOT_FOUND, `interface ${request.ifname} not found`, details);
     }
-    const state = openState(native, config.stateDir);
-    if (state === null) {
-      if (decision.target.role !== 'none') throw withoutState(config);
-      return;
-    }
-    try {
-      checkState(native, config, state, netns, decision);
-    } finally {
-      native.closeState(state);
-    }
+    beside(native, config.runDir, () => checkBeside(native, config, netns, decision));
   } catch (error) {
     throw stepError(Code.STATE_FAILED, `check ${request.ifname} in ${request.netns}`, error);
   } finally {
     native.close(netns);
+  }
+}
+
+function checkBeside(native: Native, config: RedirectConfig, netns: number, decision: Decision): void {
+  const state = openState(native, config.stateDir);
+  if (state === null) {
+    if (decision.target.role !== 'none') throw withoutState(config);
+    return;
+  }
+  try {
+    checkState(native, config, state, netns, decision);
+  } finally {
+    native.closeState(state);
   }
 }
 
@@ -56,7 +61,13 @@ function isRecordedInMesh(native: Native, { conf, containerId, ifname }: Request
 
 function checkState(native: Native, config: RedirectConfig, state: State, netns: number, decision: Decision): void {
   const { target, reason } = decision;
-  const record = native.getAttachment(state, target.key);
+  const recorded = native.getAttachment(state, target.key);
+  const record = recorded && followMac(native, state, target.key, recorded);
+  if (record !== recorded) {
+    createLog(config.logLevel).warn(
+      `${target.containerId} ${target.ifname}: the MAC address is ${record?.podMac} now and was ${recorded?.podMac} at ADD; taken over`,
+    );
+  }
   if (record === null || record.state === 'recorded') {
     if (target.role === 'none') return;
     const details = `${reason}, but ${record === null ? 'no attachment is recorded' : 'it is recorded as not enrolled'}`;

@@ -10,8 +10,8 @@ import { tryEndDrains } from '../drain.ts';
 import { createLog } from '../log.ts';
 import type { Native } from '../native.ts';
 import { removeDeadProxies } from '../proxies.ts';
-import { parseConfig } from '../redirect/config.ts';
-import { kernelReason, openState, stepError } from '../state.ts';
+import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
+import { beside, kernelReason, openState, stepError } from '../state.ts';
 
 export function gc(native: Native, request: Request): void {
   const config = parseConfig(request.conf.raw);
@@ -24,9 +24,23 @@ export function gc(native: Native, request: Request): void {
 
   const undrained = tryEndDrains(native, config);
   if (undrained !== null) log.warn(`a drained pod keeps its programs: ${undrained}`);
+  const failures: string[] = [];
+  beside(native, config.runDir, () => collect(native, config, request, valid, failures));
+  if (failures.length > 0) {
+    const msg = `${failures.length} stale attachments of network ${name} could not be removed`;
+    throw new CniError(Code.STATE_FAILED, msg, failures.join('; '));
+  }
+}
+
+function collect(
+  native: Native,
+  config: RedirectConfig,
+  { conf: { name } }: Request,
+  valid: ReadonlySet<string> | null,
+  failures: string[],
+): void {
   const state = openState(native, config.stateDir);
   if (state === null) return;
-  const failures: string[] = [];
   try {
     removeDeadProxies(native, state, config.runDir);
     for (const { key, record } of native.listAttachments(state)) {
@@ -42,9 +56,5 @@ export function gc(native: Native, request: Request): void {
     throw stepError(Code.STATE_FAILED, `read the state in ${config.stateDir}`, error);
   } finally {
     native.closeState(state);
-  }
-  if (failures.length > 0) {
-    const msg = `${failures.length} stale attachments of network ${name} could not be removed`;
-    throw new CniError(Code.STATE_FAILED, msg, failures.join('; '));
   }
 }

@@ -3,6 +3,7 @@
 // to look: what is returned was read from the map at that moment.
 
 import { statSync } from 'node:fs';
+import { join } from 'node:path';
 import { hex } from '../../attachments.ts';
 import { isUninstalled } from '../../install/entry.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../../native.ts';
@@ -14,7 +15,10 @@ export interface Attachment {
   record: AttachmentRecord;
 }
 
-/** The pinned state, opened anew when it is not the one that it was: uninstall and install may run beside the agent. */
+/**
+ * The pinned state, opened anew when it is not the one that it was: uninstall and install may run beside the agent, and
+ * install puts larger maps in the place of these.
+ */
 export class PinnedState {
   readonly #native: Native;
   readonly #config: RedirectConfig;
@@ -29,14 +33,15 @@ export class PinnedState {
   current(): { state: State; records: Records } | null {
     const native = this.#native;
     const { stateDir, runDir } = this.#config;
-    const ino = statSync(stateDir, { bigint: true, throwIfNoEntry: false })?.ino;
+    const pin = join(stateDir, 'attachments');
+    const ino = statSync(pin, { bigint: true, throwIfNoEntry: false })?.ino;
     if (this.#opened !== undefined && this.#opened.ino === ino) return this.#opened;
     this.close();
     if (ino === undefined && isUninstalled(runDir)) return null;
     const state = ensureState(native, this.#config);
     // Here, so that the first pod need not wait for the verifier.
     ensurePrograms(native, state, this.#config);
-    this.#opened = { state, ino: statSync(stateDir, { bigint: true }).ino, records: new Records(native, state) };
+    this.#opened = { state, ino: statSync(pin, { bigint: true }).ino, records: new Records(native, state) };
     return this.#opened;
   }
 
