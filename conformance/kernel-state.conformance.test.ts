@@ -8,17 +8,19 @@ import { existsSync, readdirSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { differences, kernelState } from './kernel-state.ts';
-import { must, type Namespace, Testbed } from './netns.ts';
+import { must, type Namespace, Testbed, until } from './netns.ts';
 
 describe('a change is seen', () => {
   let testbed: Testbed;
   let node: Namespace;
   let pins: string;
-  beforeEach(() => {
+  beforeEach(async () => {
     testbed = Testbed.open();
     node = testbed.namespace('node');
     testbed.veth({ namespace: node, ifname: 'v0' }, { namespace: node, ifname: 'v1', addresses: ['10.1.0.1/24'] });
     pins = testbed.bpffs('pins');
+    // The kernel tells of a carrier some time after it is there.
+    await until('the veth is up', () => / state UP /.test(node.run(['ip', 'link', 'show', 'v0'])));
   });
   afterEach(() => testbed.close());
 
