@@ -176,7 +176,8 @@ describe.runIf(missingControlPlane() === undefined)('trouble with kube-apiserver
     }
     await killed;
     for (const pod of stay) await plane.label(site.path(pod), { [MODE]: null });
-    for (const pod of stay) await site.untilRedirection(pod, 'enabled', 20_000);
+    // A record that says "attaching" is taken for an ADD at work for 30 s, and is looked at again every 15.
+    for (const pod of stay) await site.untilRedirection(pod, 'enabled', 60_000);
     await site.untilReady(60_000);
     await until(
       'only what is there is recorded',
