@@ -78,6 +78,29 @@ export interface Target {
 /** What kind of kernel object differs. */
 export type FindingKind = 'interface' | 'program' | 'link' | 'map' | 'rule' | 'route' | 'sysctl';
 
+/** Of a pod that runs already and is recorded; what only a runtime's call says is not in it. */
+export function targetOf(key: AttachmentKey, record: AttachmentRecord, role: 'pod' | 'none'): Target {
+  return {
+    key,
+    network: record.network,
+    containerId: record.containerId,
+    ifname: record.ifname,
+    netnsPath: record.netnsPath,
+    resultAddresses: record.addresses,
+    pod: {
+      name: record.podName,
+      namespace: record.podNamespace,
+      uid: record.podUid,
+      serviceAccount: record.serviceAccount,
+    },
+    role,
+    strict: false,
+    shaped: false,
+    egressLimited: false,
+    bypassInbound: false,
+  };
+}
+
 /** What of an attachment is not as it should be. */
 export interface Finding {
   code: ErrorCode;

@@ -27,7 +27,7 @@ import { attachmentKey, hex } from '../attachments.ts';
 import { settingsOf } from '../cli/directories.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import { decide as decideTarget, enrolmentOf } from '../commands/target.ts';
-import { attach, describePod, detach, isDead, sweepDead, type Target } from '../datapath.ts';
+import { attach, describePod, detach, isDead, sweepDead, type Target, targetOf } from '../datapath.ts';
 import { beginDrain, isDraining, tryEndDrains } from '../drain.ts';
 import { isUninstalled, rememberedInstall } from '../install/entry.ts';
 import { migrateAll } from '../migrate.ts';
@@ -757,28 +757,6 @@ function podOf(record: AttachmentRecord): EnrolledPod {
 
 function enrolledOf({ uid, names }: Workload): EnrolledPod {
   return { ...names, uid, contract: 'in-pod' };
-}
-
-function targetOf(key: AttachmentKey, record: AttachmentRecord, role: 'pod' | 'none'): Target {
-  return {
-    key,
-    network: record.network,
-    containerId: record.containerId,
-    ifname: record.ifname,
-    netnsPath: record.netnsPath,
-    resultAddresses: record.addresses,
-    pod: {
-      name: record.podName,
-      namespace: record.podNamespace,
-      uid: record.podUid,
-      serviceAccount: record.serviceAccount,
-    },
-    role,
-    strict: false,
-    shaped: false,
-    egressLimited: false,
-    bypassInbound: false,
-  };
 }
 
 function cniErrorOf(error: ZdsError, pod: string): CniError {

@@ -4,7 +4,7 @@
 
 import { withdrawAttachment } from '../agent-client.ts';
 import { CniError, Code } from '../cni/errors.ts';
-import { attach, describePod, detach, isSameNetns } from '../datapath.ts';
+import { attach, describePod, detach, isSameNetns, targetOf } from '../datapath.ts';
 import { beginDrain, DRAIN_SETTLE_MS, endDrains, isDraining, proxiedConnections } from '../drain.ts';
 import type { AttachmentRecord, Native } from '../native.ts';
 import { type Directories, openState } from '../state.ts';
@@ -108,25 +108,7 @@ function selector(native: Native, { netns, pod, containerId }: UnenrollOptions):
 /** Only while its namespace is there: the record of a pod that is gone would stay for ever. */
 function remember(native: Native, { config }: Settings, key: Uint8Array, record: AttachmentRecord): void {
   try {
-    attach(native, config, {
-      key,
-      network: record.network,
-      containerId: record.containerId,
-      ifname: record.ifname,
-      netnsPath: record.netnsPath,
-      resultAddresses: record.addresses,
-      pod: {
-        name: record.podName,
-        namespace: record.podNamespace,
-        uid: record.podUid,
-        serviceAccount: record.serviceAccount,
-      },
-      role: 'none',
-      strict: false,
-      shaped: false,
-      egressLimited: false,
-      bypassInbound: false,
-    });
+    attach(native, config, targetOf(key, record, 'none'));
   } catch (error) {
     if (!(error instanceof CniError) || error.code !== Code.SANDBOX_NOT_FOUND) throw error;
   }
