@@ -32,7 +32,9 @@ export function valuesTable(text = readFileSync(VALUES, 'utf8')) {
       const meaning = meaningOf(above);
       if (meaning !== undefined) {
         const value = JSON.stringify(pair.value?.toJSON?.() ?? null);
-        rows.push(`| \`${keys.join('.')}\` | \`${value === 'null' ? '' : value}\` | ${meaning} |`.replace('| `` |', '| |'));
+        rows.push(
+          `| \`${keys.join('.')}\` | \`${value === 'null' ? '' : value}\` | ${meaning} |`.replace('| `` |', '| |'),
+        );
         return visit.SKIP;
       }
       if (pair.value?.items === undefined) without.push(keys.join('.'));
