@@ -29,3 +29,8 @@ export function imageReference(version: string = VERSION): string {
 export function imageArchive(architecture: Architecture): string {
   return join(ROOT, 'dist', `${IMAGE}-image-${architecture}.tar`);
 }
+
+/** Its ingredients, as CycloneDX. */
+export function imageSbom(architecture: Architecture): string {
+  return join(ROOT, 'dist', `${IMAGE}-image-${architecture}.cdx.json`);
+}
