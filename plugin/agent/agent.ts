@@ -27,7 +27,7 @@ import { attachmentKey, hex } from '../attachments.ts';
 import { settingsOf } from '../cli/directories.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import { decide as decideTarget, enrolmentOf } from '../commands/target.ts';
-import { attach, describePod, detach, isDead, sweepDead, type Target, targetOf } from '../datapath.ts';
+import { attachSteps, describePod, detachSteps, isDead, sweepDead, type Target, targetOf } from '../datapath.ts';
 import { beginDrain, isDraining, tryEndDrains } from '../drain.ts';
 import { isUninstalled, rememberedInstall } from '../install/entry.ts';
 import { migrateAll } from '../migrate.ts';
@@ -36,6 +36,7 @@ import { countPending, listPending, type PendingPod, removePending } from '../pe
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
 import { type PodIdentity, podIdentity } from '../redirect/enrolment.ts';
 import { hasCode, isNativeError, kernelReason, openState } from '../state.ts';
+import { StepQueue } from '../steps.ts';
 import { ZdsError, ZdsServer } from '../zds/server.ts';
 import { type CgroupFinding, cgroupOf, isGone } from './cgroups.ts';
 import type { AgentLog } from './log.ts';
@@ -101,6 +102,8 @@ export class Agent {
   readonly registry = new WorkloadRegistry();
   readonly events = new EventEmitter<AgentEvents>();
   readonly directories: PodDirectory[] = [];
+  /** of everything in this process that attaches and detaches */
+  readonly steps = new StepQueue();
   readonly #barriers: Promise<unknown>[] = [];
   readonly #acknowledged = new Set<string>();
   readonly #counted = new Map<string, { packets: bigint; bytes: bigint }>();
@@ -180,8 +183,8 @@ export class Agent {
       if (record.state !== 'attached' || record.role !== 'pod') continue;
       if (drain) this.#withState((state) => beginDrain(this.native, dirs, state, key, record));
       else {
-        detach(this.native, dirs, key);
-        this.#recordOnly(record, key);
+        await this.steps.run(detachSteps(this.native, dirs, key));
+        await this.#recordOnly(record, key);
       }
     }
     await this.reconcile('unenrol');
@@ -258,7 +261,7 @@ export class Agent {
     }
     if (!inMesh) {
       if (config.proxy.contract === 'in-pod' && this.#zds?.isLive !== true) throw this.#noZtunnel();
-      attach(this.native, config, target);
+      await this.steps.run(attachSteps(this.native, config, target));
     }
     removePending(this.settings.runDir, key);
     const now = this.#withState((state) => this.native.getAttachment(state, key)) ?? record;
@@ -272,8 +275,8 @@ export class Agent {
       if (!inMesh) this.log.info({ pod: describePod(now) }, 'enrolled late');
     } catch (error) {
       if (!inMesh) {
-        detach(this.native, this.#directories(), key);
-        this.#recordOnly(now, key);
+        await this.steps.run(detachSteps(this.native, this.#directories(), key));
+        await this.#recordOnly(now, key);
       }
       throw error;
     }
@@ -474,6 +477,7 @@ export class Agent {
     const { native, log, metrics } = this;
     const truth = new Truth({
       native,
+      steps: this.steps,
       config: this.config,
       onDrift: ({ kind, ...what }) => {
         metrics.drift.inc({ kind });
@@ -704,9 +708,10 @@ export class Agent {
     return { target: targetOf(key, record, 'pod'), config: this.config };
   }
 
-  #recordOnly(record: AttachmentRecord, key: AttachmentKey): void {
+  async #recordOnly(record: AttachmentRecord, key: AttachmentKey): Promise<void> {
     try {
-      attach(this.native, this.#targetOf(key, record).config, targetOf(key, record, 'none'));
+      const { config } = this.#targetOf(key, record);
+      await this.steps.run(attachSteps(this.native, config, targetOf(key, record, 'none')));
     } catch (error) {
       if (!(error instanceof CniError) || error.code !== Code.SANDBOX_NOT_FOUND) throw error;
     }
