@@ -53,7 +53,11 @@ test('no list there at the moment, no install at all, and --conf', () => {
   const conf = join(directory, 'entry');
   writeFileSync(conf, '{"type":"ambient-redirect","enrollment":"all","name":"mine"}');
   expect(entrySettings(settings(conf))).toMatchObject({ network: 'mine', config: { enrollment: 'all' } });
+  list('10.conflist', 'first');
+  writeFileSync(conf, '{"type":"ambient-redirect","enrollment":"all"}');
+  expect(entrySettings(settings(conf))).toMatchObject({ network: 'first', config: { enrollment: 'all' } });
   rmSync(join(directory, 'install.json'));
+  expect(entrySettings(settings(conf)).network).toBe('ambient-redirect');
   expect(entrySettings(settings())).toMatchObject({
     network: 'ambient-redirect',
     config: { enrollment: 'annotation', proxy: { contract: 'shared' } },

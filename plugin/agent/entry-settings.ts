@@ -10,20 +10,22 @@ import { parseConfig } from '../redirect/config.ts';
 import type { AgentSettings } from './settings.ts';
 
 /**
- * Of --conf; without it what `install` with this runDir was told, in the network whose list has the entry; where it was
- * not run, the defaults. Throws CniError 2, 6 or 7, or what reading the files throws.
+ * Of --conf; without it what `install` with this runDir was told; where it was not run, the defaults. The network is
+ * that of the list that --conf is, else of the list that install put the entry into. Throws CniError 2, 6 or 7, or what
+ * reading the files throws.
  */
 export function entrySettings({
   stateDir,
   runDir,
   conf,
 }: Pick<AgentSettings, 'stateDir' | 'runDir' | 'conf'>): Settings {
-  const installed = conf === undefined ? rememberedInstall(runDir) : undefined;
-  if (installed === undefined) return settingsOf({ stateDir, runDir, ...(conf !== undefined && { conf }) });
-  const { netDir, confName, wanted } = installed;
+  const installed = rememberedInstall(runDir);
+  const settings =
+    conf === undefined && installed !== undefined
+      ? { config: parseConfig({ ...installed.wanted.entry, stateDir, runDir }), network: COMMAND_LINE_NETWORK }
+      : settingsOf({ stateDir, runDir, ...(conf !== undefined && { conf }) });
+  if (installed === undefined || settings.network !== COMMAND_LINE_NETWORK) return settings;
+  const { netDir, confName } = installed;
   const primary = existsSync(netDir) ? findPrimary(readNetworkDirectory(netDir), confName) : undefined;
-  return {
-    config: parseConfig({ ...wanted.entry, stateDir, runDir }),
-    network: primary?.file.network ?? COMMAND_LINE_NETWORK,
-  };
+  return primary === undefined ? settings : { ...settings, network: primary.file.network };
 }
