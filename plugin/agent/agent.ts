@@ -24,7 +24,6 @@ import { ftruncateSync, mkdirSync, readFileSync, statSync, writeSync } from 'nod
 import { dirname, join } from 'node:path';
 import type { AttachBody, AttachmentName, Decision } from '../agent-client.ts';
 import { attachmentKey, hex } from '../attachments.ts';
-import { settingsOf } from '../cli/directories.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import { decide as decideTarget, enrolmentOf } from '../commands/target.ts';
 import { attachSteps, describePod, detachSteps, isDead, sweepDead, type Target, targetOf } from '../datapath.ts';
@@ -39,6 +38,7 @@ import { hasCode, isNativeError, kernelReason, openState } from '../state.ts';
 import { StepQueue } from '../steps.ts';
 import { ZdsError, ZdsServer } from '../zds/server.ts';
 import { type CgroupFinding, cgroupOf, isGone } from './cgroups.ts';
+import { entrySettings } from './entry-settings.ts';
 import type { AgentLog } from './log.ts';
 import { AgentMetrics } from './metrics.ts';
 import { openWorkloadNetns } from './netns.ts';
@@ -672,8 +672,7 @@ export class Agent {
 
   /** For pods that the agent enrols by itself. Throws CniError 2, 6 or 7, or what reading the file throws. */
   get config(): RedirectConfig {
-    const { conf } = this.settings;
-    return settingsOf({ ...this.#directories(), ...(conf !== undefined && { conf }) }).config;
+    return entrySettings(this.settings).config;
   }
 
   #directories(): { stateDir: string; runDir: string } {
