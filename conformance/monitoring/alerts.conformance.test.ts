@@ -6,8 +6,9 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { parse } from 'yaml';
+import { loadNative } from '../../plugin/addon.ts';
 import { exec } from '../netns.ts';
-import { ALERTS, alerts } from './monitoring.ts';
+import { ALERTS, alerts, dashboard } from './monitoring.ts';
 
 const UNIT_TESTS = join(import.meta.dirname, 'alerts.test.yaml');
 const README = readFileSync(join(import.meta.dirname, '../../README.md'), 'utf8');
@@ -52,3 +53,22 @@ test('README has a runbook of no alert that is not there', () => {
   const described = [...README.matchAll(/<a id="\w+"><\/a>`(AmbientRedirect\w+)`/g)].map(([, name]) => name);
   expect(described).toEqual(alerts().map(({ alert }) => alert));
 });
+
+test('each reason that alerts and dashboard ask for is one that the programs have', () => {
+  const reasons = Object.keys(loadNative().reasons);
+  const texts = [...alerts().map(({ expr }) => expr), ...dashboard('5m').flatMap(({ queries }) => queries)];
+  const asked = texts.flatMap((text) => [...text.matchAll(/reason=~?"([^"]*)"/g)].map(([, pattern = '']) => pattern));
+  expect(asked.length).toBeGreaterThan(5);
+  // An alternative that matches nothing is one that was renamed.
+  const alternatives = new Set(asked.flatMap(expanded));
+  const unknown = [...alternatives].filter((one) => !reasons.some((reason) => new RegExp(`^${one}$`).test(reason)));
+  expect(unknown).toEqual([]);
+});
+
+/** "drop_(a|b)" is drop_a and drop_b; "a|b" a and b. */
+function expanded(pattern: string): string[] {
+  const group = /^(.*)\(([^)]*)\)(.*)$/.exec(pattern);
+  if (group === null) return pattern.split('|');
+  const [, before = '', middle = '', after = ''] = group;
+  return middle.split('|').map((one) => `${before}${one}${after}`);
+}
