@@ -138,6 +138,7 @@ export class Agent {
       assertSharedBpffs(this.settings.stateDir);
       this.#migrate();
       await this.#rebuild();
+      this.#withState((state) => this.#countPackets(state, true));
       this.#truth = this.#holdToTheTruth();
       mkdirSync(dirname(this.settings.zdsSocket), { recursive: true, mode: 0o755 });
       this.#zds = this.#serveZds();
@@ -501,6 +502,9 @@ export class Agent {
       [...this.registry.values()].filter(({ uid }) => this.#zds?.answerOf(uid) !== null).length,
     );
     metrics.pendingPods.set(countPending(this.settings.runDir));
+    metrics.markForgeable.set(this.forgeable === null ? 0 : 1);
+    metrics.ready.reset();
+    for (const [condition, reason] of this.readiness.all()) metrics.ready.set({ condition }, reason === null ? 1 : 0);
     metrics.attachments.reset();
     this.#withState((state) => {
       for (const { record } of this.native.listAttachments(state)) {
@@ -514,13 +518,16 @@ export class Agent {
     });
   }
 
-  /** The kernel's counters go with their pod; these do not. */
-  #countPackets(state: State): void {
+  /**
+   * The kernel's counters go with their pod; these do not. What was counted before this process (`isFirst`) is no
+   * increase: Prometheus takes a counter that starts anew for one that starts at 0.
+   */
+  #countPackets(state: State, isFirst = false): void {
     const seen = new Set<string>();
     for (const { ifindex, program, reason, packets, bytes } of this.native.counters(state)) {
       const key = `${ifindex} ${program} ${reason}`;
       seen.add(key);
-      const last = this.#counted.get(key);
+      const last = isFirst ? { packets, bytes } : this.#counted.get(key);
       // A smaller number: another pod has the interface's number by now.
       const before = last === undefined || last.packets > packets ? { packets: 0n, bytes: 0n } : last;
       this.metrics.packets.inc({ program, reason }, Number(packets - before.packets));
