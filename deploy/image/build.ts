@@ -61,7 +61,7 @@ export function origin(env: NodeJS.ProcessEnv = process.env): Origin {
 
 /** What the archive depends on, for a build that makes it only when that has changed. */
 export function imageInputs(inputs: ImageInputs): string {
-  const sources = ['build', 'debian', 'reference', 'run', 'sbom'].map((name) =>
+  const sources = ['build', 'debian', 'files', 'reference', 'run', 'sbom'].map((name) =>
     join(import.meta.dirname, `${name}.ts`),
   );
   const packages = debianPackages(inputs.architecture).map(({ name, sha256 }) => [name, sha256]);
