@@ -14,6 +14,7 @@ import { imageArchive, imageReference, imageSbom, ROOT, VERSION } from '../../de
 import { network } from '../containerd/networks.ts';
 import { ThrowawayNode } from '../containerd/throwaway-node.ts';
 import { exec, must, type Outcome, Testbed } from '../netns.ts';
+import { buildImage } from './build.ts';
 
 const MEGABYTE = 1e6;
 const archive = imageArchive('amd64');
@@ -33,13 +34,6 @@ interface Configuration {
   config: Record<string, unknown> & { Labels: Record<string, string> };
 }
 
-/** Under a shell's `before`, for what the build must not depend on. Nothing is made that is there already. */
-async function build(options = '', before = '', env: Record<string, string> = {}): Promise<void> {
-  const command = `${before} exec '${process.execPath}' '${ROOT}/.ci/build.mjs' image ${options}`;
-  const { status, stderr } = await exec(['sh', '-c', command], { env, timeout: 280_000 });
-  if (status !== 0) throw new Error(`${command}: exit ${status}: ${stderr}`);
-}
-
 /** Unpacks both layers over each other, as a runtime does. */
 function unpack(manifest: Manifest, directory: string): void {
   for (const { digest } of manifest.layers) {
@@ -53,7 +47,7 @@ let configuration: Configuration;
 let root: string;
 
 beforeAll(async () => {
-  await build();
+  await buildImage();
   manifest = JSON.parse(must(['skopeo', 'inspect', '--raw', `oci-archive:${archive}`])) as Manifest;
   configuration = JSON.parse(must(['skopeo', 'inspect', '--config', `oci-archive:${archive}`])) as Configuration;
   root = testbed.directory('root');
@@ -62,7 +56,7 @@ beforeAll(async () => {
 
 test('built once more, in another time zone and under another umask, it is the same to the byte', async () => {
   const again = testbed.directory('again');
-  await build(`--output '${again}'`, 'umask 077;', { TZ: 'Pacific/Auckland', LC_ALL: 'C.UTF-8' });
+  await buildImage(`--output '${again}'`, 'umask 077; export TZ=Pacific/Auckland LC_ALL=C.UTF-8;');
   const sum = (file: string) => createHash('sha256').update(readFileSync(file)).digest('hex');
   for (const file of [archive, imageSbom('amd64')]) expect(sum(join(again, basename(file)))).toBe(sum(file));
 }, 300_000);
