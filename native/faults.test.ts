@@ -287,6 +287,36 @@ describe('every kernel call fails once', () => {
     expect(native.queryTcx(netns, ifindex, 'ingress')).toEqual([]);
   });
 
+  test('what is made on another thread rejects, and leaves nothing', async () => {
+    native.detachLink(pin());
+    const attachAside = () => native.attachTcxAside(netns, ifindex, 'ingress', program, 'first', pin());
+    const detachAside = () => native.detachLinkAside(pin());
+    for (const [act, undo] of [
+      [attachAside, () => native.detachLink(pin())],
+      [detachAside, () => existsSync(pin()) || attach()],
+    ] as const) {
+      for (let n = 1; ; n++) {
+        undo();
+        const before = native.kernelCalls().length;
+        const open = descriptors().length;
+        native.failKernelCall(n, EIO);
+        const error = await act().then(
+          () => undefined,
+          (error: unknown) => error,
+        );
+        native.failKernelCall(0, 0);
+        if (native.kernelCalls().length - before < n) {
+          expect(error).toBeUndefined();
+          expect(n).toBeGreaterThan(2);
+          break;
+        }
+        expect(error).toMatchObject({ code: 'EIO' });
+        expect(descriptors().length).toBe(open);
+        if (act === attachAside) expect(native.queryTcx(netns, ifindex, 'ingress')).toEqual([]);
+      }
+    }
+  });
+
   test('connectTransparent rejects', async () => {
     const options = {
       source: '192.0.2.2',

@@ -370,6 +370,14 @@ const functions: Record<
     ['order', order],
     ['pinPath', path],
   ],
+  attachTcxAside: [
+    ['netns', netns],
+    ['ifindex', ifindex],
+    ['direction', direction],
+    ['programFd', fd],
+    ['order', order],
+    ['pinPath', path],
+  ],
   attachLookup: [
     ['netns', fd],
     ['programFd', fd],
@@ -386,6 +394,7 @@ const functions: Record<
     ['programFd', fd],
   ],
   detachLink: [['pinPath', path]],
+  detachLinkAside: [['pinPath', path]],
   addClsact: [
     ['netns', netns],
     ['ifindex', ifindex],
@@ -717,6 +726,11 @@ describe('a descriptor that is not open is EBADF', () => {
       timeoutMs: 1,
     });
     await expect(connection).rejects.toMatchObject({ code: 'EBADF', syscall: 'setns' });
+  });
+
+  test('attachTcxAside', async () => {
+    const attached = native.attachTcxAside(CLOSED, 1, 'ingress', CLOSED, 'first', '/nonexistent');
+    await expect(attached).rejects.toMatchObject({ code: 'EBADF', syscall: 'setns' });
   });
 
   test('programInfo, where the kernel has a word of its own', () => {

@@ -514,6 +514,18 @@ export interface Native {
     order: 'first' | 'last',
     pinPath: string,
   ): { linkId: number };
+  /**
+   * The same on another thread, for the agent: both wait for an RCU grace period. The descriptors must stay open until it
+   * settles; only arguments throw.
+   */
+  attachTcxAside(
+    netns: number,
+    ifindex: number,
+    direction: Direction,
+    programFd: number,
+    order: 'first' | 'last',
+    pinPath: string,
+  ): Promise<{ linkId: number }>;
   /** BPF_LINK_CREATE of a socket lookup program for a namespace, and BPF_OBJ_PIN. EINVAL below 5.9 */
   attachLookup(netns: number, programFd: number, pinPath: string): { linkId: number };
   queryTcx(netns: number, ifindex: number, direction: Direction): TcxEntry[];
@@ -523,6 +535,8 @@ export interface Native {
   updateLink(pinPath: string, programFd: number): void;
   /** BPF_LINK_DETACH (tolerates a dead device) and unlink; false if the pin is absent */
   detachLink(pinPath: string): boolean;
+  /** on another thread */
+  detachLinkAside(pinPath: string): Promise<boolean>;
   /** RTM_NEWQDISC clsact; false if a clsact is there; EBUSY with kernelMessage when an ingress qdisc holds the place */
   addClsact(netns: number, ifindex: number): boolean;
   filters(netns: number, ifindex: number, direction: Direction): TcFilter[];
