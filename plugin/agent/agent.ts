@@ -30,7 +30,7 @@ import { decide as decideTarget, enrolmentOf } from '../commands/target.ts';
 import { attachSteps, describePod, detachSteps, isDead, sweepDead, type Target, targetOf } from '../datapath.ts';
 import { beginDrain, isDraining, tryEndDrains } from '../drain.ts';
 import { isUninstalled, rememberedInstall } from '../install/entry.ts';
-import { migrateAll } from '../migrate.ts';
+import { migrateAll, NO_CAPACITY } from '../migrate.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.ts';
 import { countPending, listPending, type PendingPod, removePending } from '../pending.ts';
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
@@ -362,14 +362,14 @@ export class Agent {
   #migrate(): void {
     // Where nobody has said what the plugin's entry is, the room that there is stays.
     const installed = rememberedInstall(this.settings.runDir);
-    const { maxPods } =
-      this.settings.conf !== undefined ? this.config : installed ? parseConfig(installed.wanted.entry) : { maxPods: 0 };
-    for (const [stateDir, { attachments, maxPods: room }] of migrateAll(this.native, {
+    const { maxPods, maxFlows, directFlowsPerPod } =
+      this.settings.conf !== undefined ? this.config : installed ? parseConfig(installed.wanted.entry) : NO_CAPACITY;
+    for (const [stateDir, { attachments, capacity }] of migrateAll(this.native, {
       ...this.#directories(),
-      maxPods,
+      ...{ maxPods, maxFlows, directFlowsPerPod },
     })) {
       if (attachments > 0) this.log.info({ stateDir, attachments }, 'attachments got the programs of this build');
-      if (room !== undefined) this.log.info({ stateDir, maxPods: room }, 'the maps have room for more pods');
+      if (capacity !== undefined) this.log.info({ stateDir, ...capacity }, 'the maps have room for more');
     }
   }
 

@@ -33,7 +33,8 @@ export class PinnedState {
   current(): { state: State; records: Records } | null {
     const native = this.#native;
     const { stateDir, runDir } = this.#config;
-    const pin = join(stateDir, 'attachments');
+    // Larger maps come with settings of their own.
+    const pin = join(stateDir, 'settings');
     const ino = statSync(pin, { bigint: true, throwIfNoEntry: false })?.ino;
     if (this.#opened !== undefined && this.#opened.ino === ino) return this.#opened;
     this.close();
