@@ -35,7 +35,7 @@ import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.t
 import { countPending, listPending, type PendingPod, removePending } from '../pending.ts';
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
 import { type PodIdentity, podIdentity } from '../redirect/enrolment.ts';
-import { hasCode, isNativeError, kernelReason, openState } from '../state.ts';
+import { hasCode, isNativeError, kernelReason, openState, supersededBy } from '../state.ts';
 import { StepQueue } from '../steps.ts';
 import { ZdsError, ZdsServer } from '../zds/server.ts';
 import { type CgroupFinding, cgroupOf, isGone } from './cgroups.ts';
@@ -120,6 +120,7 @@ export class Agent {
     this.settings = settings;
     this.log = log;
     this.readiness.add('state', () => (this.#compared ? null : 'state and kernel have not been compared yet'));
+    this.readiness.add('build', () => this.#superseded());
     this.readiness.add('zds', () => (this.#zds === undefined ? `${settings.zdsSocket} is not served yet` : null));
   }
 
@@ -261,7 +262,7 @@ export class Agent {
     }
     if (!inMesh) {
       if (config.proxy.contract === 'in-pod' && this.#zds?.isLive !== true) throw this.#noZtunnel();
-      await this.steps.run(attachSteps(this.native, config, target));
+      await this.steps.run(attachSteps(this.native, config, { ...target, resident: true }));
     }
     removePending(this.settings.runDir, key);
     const now = this.#withState((state) => this.native.getAttachment(state, key)) ?? record;
@@ -357,6 +358,14 @@ export class Agent {
   }
 
   // ---- state -------------------------------------------------------------------------------------------------------
+
+  #superseded(): string | null {
+    try {
+      return this.#withState((state) => supersededBy(this.native, state, this.settings.stateDir)) ?? null;
+    } catch (error) {
+      return messageOf(error);
+    }
+  }
 
   /** What `install` does too: a node may get a new agent without it, and it may have been cut short. */
   #migrate(): void {
@@ -484,6 +493,11 @@ export class Agent {
         log.error({ kind, ...what }, 'the kernel is not as recorded');
       },
       onRepaired: (record) => log.info({ pod: describePod(record) }, 'made again as recorded'),
+      onForgotten: (record) => {
+        log.warn({ pod: describePod(record) }, 'has no interface any more and is not enrolled');
+        if (record.contract === 'shared') this.events.emit('unenrolled', podOf(record));
+        else void this.withdraw(record);
+      },
       onUnrepaired: (record, error) =>
         log.error({ pod: describePod(record), error: error.message }, 'could not be made again'),
       onTrouble: (error) => log.error({ error: error.message }, 'state and kernel could not be compared'),

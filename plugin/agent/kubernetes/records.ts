@@ -8,7 +8,7 @@ import { hex } from '../../attachments.ts';
 import { isUninstalled } from '../../install/entry.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../../native.ts';
 import type { RedirectConfig } from '../../redirect/config.ts';
-import { ensurePrograms, ensureState } from '../../state.ts';
+import { ensurePrograms, ensureState, supersededBy } from '../../state.ts';
 
 export interface Attachment {
   key: AttachmentKey;
@@ -41,7 +41,7 @@ export class PinnedState {
     if (ino === undefined && isUninstalled(runDir)) return null;
     const state = ensureState(native, this.#config);
     // Here, so that the first pod need not wait for the verifier.
-    ensurePrograms(native, state, this.#config);
+    if (supersededBy(native, state, stateDir) === null) ensurePrograms(native, state, this.#config);
     this.#opened = { state, ino: statSync(pin, { bigint: true }).ino, records: new Records(native, state) };
     return this.#opened;
   }
