@@ -194,6 +194,17 @@ Napi::Value set_setting(const Info &info, const Ipv4Setting &setting) {
 
 Napi::Value acceptLocal(const Info &info) { return get_setting(info, ACCEPT_LOCAL); }
 Napi::Value setAcceptLocal(const Info &info) { return set_setting(info, ACCEPT_LOCAL); }
+Napi::Value migrateRequests(const Info &info) {
+  auto on = migrate_requests(to_netns(info[0], "netns"));
+  return on ? Napi::Value(boolean(info, *on)) : info.Env().Null();
+}
+
+Napi::Value setMigrateRequests(const Info &info) {
+  int netns = to_netns(info[0], "netns");
+  set_migrate_requests(netns, to_boolean(info[1], "on"));
+  return info.Env().Undefined();
+}
+
 Napi::Value routeLocalnet(const Info &info) { return get_setting(info, ROUTE_LOCALNET); }
 Napi::Value setRouteLocalnet(const Info &info) { return set_setting(info, ROUTE_LOCALNET); }
 
@@ -1190,6 +1201,8 @@ const Export FUNCTIONS[] = {
     EXPORT(linkAddresses),
     EXPORT(acceptLocal),
     EXPORT(setAcceptLocal),
+    EXPORT(migrateRequests),
+    EXPORT(setMigrateRequests),
     EXPORT(routeLocalnet),
     EXPORT(setRouteLocalnet),
     EXPORT(qdiscs),

@@ -217,6 +217,11 @@ describe('every kernel call fails once', () => {
       act: () => native.setAcceptLocal(podFd, 1, true),
       undo: () => native.setAcceptLocal(podFd, 1, false),
     },
+    migrateRequests: { act: () => native.migrateRequests(podFd) },
+    setMigrateRequests: {
+      act: () => native.setMigrateRequests(podFd, true),
+      undo: () => native.setMigrateRequests(podFd, false),
+    },
     qdiscs: { act: () => native.qdiscs(netns, ifindex) },
     addRule: { act: () => native.addRule(podFd, rule), undo: () => native.deleteRule(podFd, rule) },
     'addRule again': { before: () => native.addRule(podFd, rule), act: () => native.addRule(podFd, rule) },

@@ -149,6 +149,11 @@ const functions: Record<
     ['ifindex', ifindex],
     ['on', boolean],
   ],
+  migrateRequests: [['netns', netns]],
+  setMigrateRequests: [
+    ['netns', netns],
+    ['on', boolean],
+  ],
   routeLocalnet: [
     ['netns', netns],
     ['ifindex', ifindex],
@@ -680,6 +685,8 @@ describe('a descriptor that is not open is EBADF', () => {
     linkAddresses: () => native.linkAddresses(CLOSED, 1),
     acceptLocal: () => native.acceptLocal(CLOSED, 1),
     setAcceptLocal: () => native.setAcceptLocal(CLOSED, 1, true),
+    migrateRequests: () => native.migrateRequests(CLOSED),
+    setMigrateRequests: () => native.setMigrateRequests(CLOSED, true),
     qdiscs: () => native.qdiscs(CLOSED, 1),
     addRule: () => native.addRule(CLOSED, { family: 4, priority: 1, mark: 1, table: 1, protocol: 1 }),
     deleteRule: () => native.deleteRule(CLOSED, { family: 4, priority: 1, mark: 1, table: 1, protocol: 1 }),

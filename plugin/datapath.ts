@@ -923,9 +923,12 @@ function isLooping({ role, contract }: AttachmentRecord): boolean {
 }
 
 interface InterfaceSetting {
-  name: string;
+  /** the sysctl, of a record's interface */
+  name: (ifname: string) => string;
   /** INTERFACE_*: it was off, so it is set by ADD and reset by DEL */
   bit: number;
+  /** of the whole namespace: other interfaces of the pod stand on it too */
+  shared: boolean;
   read: (netns: number, ifindex: number) => boolean;
   set: (netns: number, ifindex: number, on: boolean) => void;
   needed: (role: Target['role'], contract: AttachmentRecord['contract'], dnsCapture: boolean) => boolean;
@@ -936,19 +939,32 @@ function interfaceSettings(native: Native): InterfaceSetting[] {
     {
       // A looped packet comes in with the pod's own source address, and the proxy may send to a flow of its own: a pod
       // that asks for the proxy's address, ztunnel's second leg. IPv4 refuses that; IPv6 does not.
-      name: 'accept_local',
+      name: (ifname) => `conf.${ifname}.accept_local`,
       bit: native.flags.INTERFACE_ACCEPT_LOCAL ?? 0,
+      shared: false,
       read: (netns, ifindex) => native.acceptLocal(netns, ifindex),
       set: (netns, ifindex, on) => native.setAcceptLocal(netns, ifindex, on),
       needed: (role, contract) => role === 'proxy' || contract === 'in-pod',
     },
     {
       // ztunnel's DNS listener is at 127.0.0.1: queries come in for it by the pod's interface, answers go out by it.
-      name: 'route_localnet',
+      name: (ifname) => `conf.${ifname}.route_localnet`,
       bit: native.flags.INTERFACE_ROUTE_LOCALNET ?? 0,
+      shared: false,
       read: (netns, ifindex) => native.routeLocalnet(netns, ifindex),
       set: (netns, ifindex, on) => native.setRouteLocalnet(netns, ifindex, on),
       needed: (_role, contract, dnsCapture) => contract === 'in-pod' && dnsCapture,
+    },
+    {
+      // Two ztunnels listen in the pod while one takes the other's place. A listener that goes resets what its process
+      // has not accepted yet, unless the kernel may hand it to the other one.
+      name: () => 'tcp_migrate_req',
+      bit: native.flags.INTERFACE_MIGRATE_REQUESTS ?? 0,
+      shared: true,
+      // A kernel without it is as good as it can be.
+      read: (netns) => native.migrateRequests(netns) ?? true,
+      set: (netns, _ifindex, on) => native.setMigrateRequests(netns, on),
+      needed: (_role, contract) => contract === 'in-pod',
     },
   ];
 }
@@ -962,23 +978,29 @@ function leaveNetns(native: Native, state: State, netns: number, key: Attachment
   for (const hook of record.hooks) {
     if (hook.kind === 'clsact' && hook.inNetns) removeFilter(native, netns, hook);
   }
-  if (native.linkByIndex(netns, record.podIfindex) !== null) {
-    for (const { bit, set } of interfaceSettings(native)) {
-      if ((record.flags & bit) !== 0) set(netns, record.podIfindex, false);
-    }
-  }
   if ((record.flags & (native.flags.INTERFACE_TPROXY ?? 0)) !== 0) deleteTproxy(netns);
-  // Another interface of the same pod loops by them too.
-  const shared = native
+  // Another interface of the same pod loops by the same rules and routes, and in the same namespace.
+  const sharer = native
     .listAttachments(state)
-    .some(
+    .find(
       (other) =>
         hex(other.key) !== hex(key) &&
         isLooping(other.record) &&
         other.record.netns.dev === record.netns.dev &&
         other.record.netns.ino === record.netns.ino,
     );
-  if (shared) return;
+  const there = native.linkByIndex(netns, record.podIfindex) !== null;
+  for (const { bit, shared, set } of interfaceSettings(native)) {
+    if ((record.flags & bit) === 0) continue;
+    if (shared && sharer !== undefined) {
+      // From now on it is that one's to be reset.
+      sharer.record.flags |= bit;
+      native.putAttachment(state, sharer.key, sharer.record);
+    } else if (shared || there) {
+      set(netns, record.podIfindex, false);
+    }
+  }
+  if (sharer !== undefined) return;
   const { tproxy } = native.settings(state).marks;
   for (const family of [4, 6] as const) {
     native.deleteRule(netns, {
@@ -1315,7 +1337,7 @@ function verifyNetns(native: Native, state: State, record: AttachmentRecord, fin
     }
     for (const { name, bit, read } of interfaceSettings(native)) {
       if ((record.flags & bit) === 0 || read(netns, record.podIfindex)) continue;
-      mismatch('sysctl', `net.ipv4.conf.${record.ifname}.${name} in ${record.netnsPath}`, '1', '0');
+      mismatch('sysctl', `net.ipv4.${name(record.ifname)} in ${record.netnsPath}`, '1', '0');
     }
   });
 }

@@ -371,6 +371,13 @@ export interface Native {
   /** net.ipv4.conf.DEVICE.route_localnet: 127/8 may come in and go out by it */
   routeLocalnet(netns: number, ifindex: number): boolean;
   setRouteLocalnet(netns: number, ifindex: number, on: boolean): void;
+  /**
+   * net.ipv4.tcp_migrate_req of the whole namespace: connections that wait for a listener which goes are handed to
+   * another one of its SO_REUSEPORT group instead of being reset. null: the kernel is older than 5.14.
+   */
+  migrateRequests(netns: number): boolean | null;
+  /** Throws ENOENT where migrateRequests() is null. */
+  setMigrateRequests(netns: number, on: boolean): void;
   qdiscs(netns: number, ifindex: number): Qdisc[];
 
   // --- routing in the proxy's netns; existing identical entries are not an error (returns false) -----------------

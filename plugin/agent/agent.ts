@@ -24,7 +24,6 @@ import { ftruncateSync, mkdirSync, readFileSync, statSync, writeSync } from 'nod
 import { dirname, join } from 'node:path';
 import type { AttachBody, AttachmentName, Decision } from '../agent-client.ts';
 import { attachmentKey, hex } from '../attachments.ts';
-import { settingsOf } from '../cli/directories.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import { decide as decideTarget, enrolmentOf } from '../commands/target.ts';
 import { attachSteps, describePod, detachSteps, isDead, sweepDead, type Target, targetOf } from '../datapath.ts';
@@ -39,6 +38,7 @@ import { hasCode, isNativeError, kernelReason, openState, supersededBy } from '.
 import { StepQueue } from '../steps.ts';
 import { ZdsError, ZdsServer } from '../zds/server.ts';
 import { type CgroupFinding, cgroupOf, isGone } from './cgroups.ts';
+import { entrySettings } from './entry-settings.ts';
 import type { AgentLog } from './log.ts';
 import { AgentMetrics } from './metrics.ts';
 import { openWorkloadNetns } from './netns.ts';
@@ -139,6 +139,7 @@ export class Agent {
       assertSharedBpffs(this.settings.stateDir);
       this.#migrate();
       await this.#rebuild();
+      this.#withState((state) => this.#countPackets(state, true));
       this.#truth = this.#holdToTheTruth();
       mkdirSync(dirname(this.settings.zdsSocket), { recursive: true, mode: 0o755 });
       this.#zds = this.#serveZds();
@@ -515,6 +516,9 @@ export class Agent {
       [...this.registry.values()].filter(({ uid }) => this.#zds?.answerOf(uid) !== null).length,
     );
     metrics.pendingPods.set(countPending(this.settings.runDir));
+    metrics.markForgeable.set(this.forgeable === null ? 0 : 1);
+    metrics.ready.reset();
+    for (const [condition, reason] of this.readiness.all()) metrics.ready.set({ condition }, reason === null ? 1 : 0);
     metrics.attachments.reset();
     this.#withState((state) => {
       for (const { record } of this.native.listAttachments(state)) {
@@ -528,13 +532,16 @@ export class Agent {
     });
   }
 
-  /** The kernel's counters go with their pod; these do not. */
-  #countPackets(state: State): void {
+  /**
+   * The kernel's counters go with their pod; these do not. What was counted before this process (`isFirst`) is no
+   * increase: Prometheus takes a counter that starts anew for one that starts at 0.
+   */
+  #countPackets(state: State, isFirst = false): void {
     const seen = new Set<string>();
     for (const { ifindex, program, reason, packets, bytes } of this.native.counters(state)) {
       const key = `${ifindex} ${program} ${reason}`;
       seen.add(key);
-      const last = this.#counted.get(key);
+      const last = isFirst ? { packets, bytes } : this.#counted.get(key);
       // A smaller number: another pod has the interface's number by now.
       const before = last === undefined || last.packets > packets ? { packets: 0n, bytes: 0n } : last;
       this.metrics.packets.inc({ program, reason }, Number(packets - before.packets));
@@ -686,8 +693,7 @@ export class Agent {
 
   /** For pods that the agent enrols by itself. Throws CniError 2, 6 or 7, or what reading the file throws. */
   get config(): RedirectConfig {
-    const { conf } = this.settings;
-    return settingsOf({ ...this.#directories(), ...(conf !== undefined && { conf }) }).config;
+    return entrySettings(this.settings).config;
   }
 
   #directories(): { stateDir: string; runDir: string } {

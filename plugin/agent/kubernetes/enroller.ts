@@ -87,6 +87,9 @@ const EVENT_RETRY_MS = 15_000;
 /** metadata.uid is a UUID; this is what kubelet makes for a pod from a file. */
 const STATIC_UID = /^[0-9a-f]{32}$/;
 
+const ENROLMENT_EVENTS = ['attached', 'drained', 'detached', 'annotated', 'failed', 'found_open'] as const;
+type EnrolmentEvent = (typeof ENROLMENT_EVENTS)[number];
+
 /** Not a failure: what is waited for brings a change that comes here again. */
 class NotYet extends Error {}
 
@@ -94,8 +97,7 @@ export class Enroller {
   readonly pods: Mirror<KubernetesPod>;
   readonly namespaces: Mirror<KubernetesNamespace>;
   readonly queue: WorkQueue;
-  /** of "attached", "drained", "detached", "annotated", "failed", "found_open" */
-  readonly counts = new Map<string, number>();
+  readonly counts = new Map<EnrolmentEvent, number>(ENROLMENT_EVENTS.map((event) => [event, 0]));
   readonly #options: EnrollerOptions;
   /** by UID; those of the API's copy */
   readonly #byUid = new Map<string, KubernetesPod>();
@@ -675,7 +677,7 @@ export class Enroller {
     }
   }
 
-  #count(event: string): void {
+  #count(event: EnrolmentEvent): void {
     this.counts.set(event, (this.counts.get(event) ?? 0) + 1);
   }
 }
