@@ -216,6 +216,7 @@ async function fateOf({ mutant, changed, object }: Compiled, judge: Judge): Prom
   let verdict = await judge.judge(order);
   // Once more, with nothing that an earlier run may have left: then it was the change.
   if (verdict.fate === 'disturbed') {
+    console.error(`once more: ${verdict.failure}`);
     judge.close();
     verdict = await judge.judge(order);
   }
@@ -271,7 +272,7 @@ class Judge {
   async #start(): Promise<void> {
     this.close();
     this.#left = RUNS_OF_A_WORKER;
-    this.#worker = fork(join(import.meta.dirname, 'worker.ts'), [], {
+    this.#worker = fork(join(import.meta.dirname, 'worker.ts'), [join(WORK, `learned-${now.everything}.json`)], {
       execArgv: ['--import', join(import.meta.dirname, 'hooks.ts')],
       env: environment(),
     });
