@@ -21,7 +21,8 @@ export interface ControlPlanePrograms {
 
 /** Why there is no API server to test with, or undefined if there is one or it can be built. */
 export function missingControlPlane(env: NodeJS.ProcessEnv = process.env): string | undefined {
-  if (fromEnvironment(env) || existsSync(join(cacheDirectory(env), 'kube-apiserver'))) return undefined;
+  if (fromEnvironment(env) || existsSync(join(peerDirectory(`kubernetes-${KUBERNETES}`, env), 'kube-apiserver')))
+    return undefined;
   const haveGo = (env.PATH ?? '').split(delimiter).some((directory) => existsSync(join(directory, 'go')));
   return haveGo ? undefined : 'no "go" in PATH to build it with';
 }
@@ -30,8 +31,10 @@ export function missingControlPlane(env: NodeJS.ProcessEnv = process.env): strin
 export async function controlPlanePrograms(env: NodeJS.ProcessEnv = process.env): Promise<ControlPlanePrograms> {
   const given = fromEnvironment(env);
   if (given) return given;
-  const directory = cacheDirectory(env);
-  if (!existsSync(join(directory, 'kube-apiserver'))) await build(directory, env);
+  const directory = peerDirectory(`kubernetes-${KUBERNETES}`, env);
+  if (!existsSync(join(directory, 'kube-apiserver'))) {
+    await buildKubernetes(directory, MAIN, ['kube-apiserver', 'etcd'], env);
+  }
   return { apiServer: join(directory, 'kube-apiserver'), etcd: join(directory, 'etcd') };
 }
 
@@ -40,9 +43,10 @@ function fromEnvironment(env: NodeJS.ProcessEnv): ControlPlanePrograms | undefin
   return apiServer && etcd ? { apiServer, etcd } : undefined;
 }
 
-function cacheDirectory(env: NodeJS.ProcessEnv): string {
+/** Where a built peer is kept, outside of every checkout. */
+export function peerDirectory(name: string, env: NodeJS.ProcessEnv): string {
   const cache = env.XDG_CACHE_HOME ?? (process.getuid?.() === 0 ? '/var/cache' : join(homedir(), '.cache'));
-  return join(cache, 'ambient-redirect', `kubernetes-${KUBERNETES}`);
+  return join(cache, 'ambient-redirect', name);
 }
 
 // Both in one executable: they share most of their code, and linking is the slow part.
@@ -81,7 +85,16 @@ export function wrappingModule(goMod: string): string {
     .replace(/^(\s+(k8s\.io\/\S+)) => \.\/staging\/\S+$/gm, `$1 => $2 ${staging}`);
 }
 
-async function build(directory: string, outer: NodeJS.ProcessEnv): Promise<void> {
+/**
+ * Builds one executable around k8s.io/kubernetes into `directory`, with a name for each program that it is; others wait
+ * for it. `main`: its source, which goes by the name that it was called by.
+ */
+export async function buildKubernetes(
+  directory: string,
+  main: string,
+  [name, ...others]: readonly [string, ...string[]],
+  outer: NodeJS.ProcessEnv,
+): Promise<void> {
   mkdirSync(join(directory, '..'), { recursive: true });
   const fresh = `${directory}.${process.pid}`;
   mkdirSync(fresh);
@@ -97,13 +110,13 @@ async function build(directory: string, outer: NodeJS.ProcessEnv): Promise<void>
     const { Dir: source } = JSON.parse(download) as { Dir: string };
     writeFileSync(join(fresh, 'go.mod'), wrappingModule(readFileSync(join(source, 'go.mod'), 'utf8')));
     writeFileSync(join(fresh, 'go.sum'), readFileSync(join(source, 'go.sum')));
-    writeFileSync(join(fresh, 'main.go'), MAIN);
+    writeFileSync(join(fresh, 'main.go'), main);
     // Without the version it calls itself v0.0.0-master.
     const flags = `-s -w -X k8s.io/component-base/version.gitVersion=${KUBERNETES}`;
     const compile = ['go', 'build', '-mod=mod', '-tags', 'selinux,notest,grpcnotrace', '-ldflags', flags];
     // One build at a time: each takes gigabytes and every processor.
-    await go(['flock', `${directory}.lock`, ...compile, '-o', 'kube-apiserver', '.']);
-    symlinkSync('kube-apiserver', join(fresh, 'etcd'));
+    await go(['flock', `${directory}.lock`, ...compile, '-o', name, '.']);
+    for (const other of others) symlinkSync(name, join(fresh, other));
     // Somebody else may have been quicker.
     if (!existsSync(directory)) renameSync(fresh, directory);
   } finally {

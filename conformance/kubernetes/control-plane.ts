@@ -26,6 +26,17 @@ export interface PodSpec {
   ownerReferences?: Body[];
 }
 
+/** For a cluster with nodes of its own kubelets: reached by them, and reaching them. */
+export interface ForNodes {
+  /** of this machine or network namespace, besides 127.0.0.1 */
+  address: string;
+  /** who else may come, beside the test itself */
+  tokens: readonly { token: string; user: string; groups: string }[];
+}
+
+/** First address of --service-cluster-ip-range: what pods reach the API server at. */
+export const API_SERVICE = '10.96.0.1';
+
 const START_TIMEOUT_MS = 60_000;
 const ADMIN = { token: 'admin-token', user: 'admin', groups: 'system:masters' };
 const ISSUER = 'https://kubernetes.default.svc';
@@ -42,6 +53,7 @@ export class ControlPlane {
   readonly #programs: { apiServer: string; etcd: string };
   readonly #accounts: KeyObject;
   readonly #ports: { etcd: number; peer: number; api: number };
+  readonly #nodes: ForNodes | undefined;
   #etcd: Running | undefined;
   #apiServer: Running | undefined;
 
@@ -49,19 +61,23 @@ export class ControlPlane {
     testbed: Testbed,
     programs: { apiServer: string; etcd: string },
     ports: { etcd: number; peer: number; api: number },
+    nodes: ForNodes | undefined,
   ) {
     this.#testbed = testbed;
+    this.#nodes = nodes;
     this.#programs = programs;
     this.#ports = ports;
     this.directory = testbed.directory('control-plane');
-    const { ca, cert, key } = makeCertificates(this.directory);
+    const { ca, cert, key } = makeCertificates(this.directory, nodes?.address);
     this.caFile = ca;
     this.server = { certFile: cert, keyFile: key };
     const accounts = generateKeyPairSync('ec', { namedCurve: 'P-256' });
     this.#accounts = accounts.privateKey;
     writeFileSync(this.#file('accounts.key'), accounts.privateKey.export({ type: 'pkcs8', format: 'pem' }));
     writeFileSync(this.#file('accounts.pub'), accounts.publicKey.export({ type: 'spki', format: 'pem' }));
-    writeFileSync(this.#file('tokens.csv'), `${ADMIN.token},${ADMIN.user},${ADMIN.user},"${ADMIN.groups}"\n`);
+    const tokens = [ADMIN, ...(nodes?.tokens ?? [])];
+    const rows = tokens.map(({ token, user, groups }) => `${token},${user},${user},"${groups}"\n`);
+    writeFileSync(this.#file('tokens.csv'), rows.join(''), { mode: 0o600 });
     this.adminTokenFile = this.#file('admin.token');
     writeFileSync(this.adminTokenFile, ADMIN.token);
     this.admin = new Api({ server: this.url, caFile: this.caFile, tokenFile: this.adminTokenFile });
@@ -69,9 +85,9 @@ export class ControlPlane {
   }
 
   /** Ready when it returns. */
-  static async start(testbed: Testbed): Promise<ControlPlane> {
+  static async start(testbed: Testbed, nodes?: ForNodes): Promise<ControlPlane> {
     const [etcd = 0, peer = 0, api = 0] = await freePorts(3);
-    const plane = new ControlPlane(testbed, await controlPlanePrograms(), { etcd, peer, api });
+    const plane = new ControlPlane(testbed, await controlPlanePrograms(), { etcd, peer, api }, nodes);
     plane.startEtcd();
     await plane.startApiServer();
     return plane;
@@ -79,6 +95,15 @@ export class ControlPlane {
 
   get url(): string {
     return `https://127.0.0.1:${this.#ports.api}`;
+  }
+
+  get port(): number {
+    return this.#ports.api;
+  }
+
+  /** What signs tokens of service accounts, for the controller that makes them. */
+  get accountsKeyFile(): string {
+    return this.#file('accounts.key');
   }
 
   get apiServerPid(): number {
@@ -108,8 +133,6 @@ export class ControlPlane {
     const apiServer = this.#start([
       this.#programs.apiServer,
       `--etcd-servers=http://127.0.0.1:${this.#ports.etcd}`,
-      '--bind-address=127.0.0.1',
-      '--advertise-address=127.0.0.1',
       `--secure-port=${this.#ports.api}`,
       `--cert-dir=${this.#file('cert-dir')}`,
       `--tls-cert-file=${this.server.certFile}`,
@@ -119,10 +142,7 @@ export class ControlPlane {
       `--service-account-key-file=${this.#file('accounts.pub')}`,
       `--service-account-signing-key-file=${this.#file('accounts.key')}`,
       '--service-cluster-ip-range=10.96.0.0/16',
-      '--authorization-mode=RBAC',
-      // There is no controller that would make the default service accounts.
-      '--disable-admission-plugins=ServiceAccount',
-      '--endpoint-reconciler-type=none',
+      ...this.#towardsNodes(),
       // Tests send what a whole node with a storm of pods would, and more.
       '--max-requests-inflight=2000',
       '--max-mutating-requests-inflight=1000',
@@ -142,6 +162,29 @@ export class ControlPlane {
       );
     };
     await until('kube-apiserver answers', ready, limit - performance.now());
+  }
+
+  #towardsNodes(): string[] {
+    if (this.#nodes === undefined) {
+      return [
+        '--bind-address=127.0.0.1',
+        '--advertise-address=127.0.0.1',
+        '--authorization-mode=RBAC',
+        // There is no controller that would make the default service accounts.
+        '--disable-admission-plugins=ServiceAccount',
+        '--endpoint-reconciler-type=none',
+      ];
+    }
+    return [
+      '--bind-address=0.0.0.0',
+      `--advertise-address=${this.#nodes.address}`,
+      '--authorization-mode=Node,RBAC',
+      '--allow-privileged=true',
+      `--kubelet-client-certificate=${this.server.certFile}`,
+      `--kubelet-client-key=${this.server.keyFile}`,
+      // Else logs and exec look the node's name up in DNS.
+      '--kubelet-preferred-address-types=InternalIP',
+    ];
   }
 
   /** SIGKILL, as a node's failure does. */
@@ -265,14 +308,15 @@ export class ControlPlane {
 }
 
 /** A CA and a certificate of it, by openssl(1): Node signs no certificates. */
-function makeCertificates(directory: string): { ca: string; cert: string; key: string } {
+function makeCertificates(directory: string, address: string | undefined): { ca: string; cert: string; key: string } {
   const file = (name: string) => join(directory, name);
   const [ca, caKey, cert, key] = [file('ca.crt'), file('ca.key'), file('server.crt'), file('server.key')] as const;
+  const more = address === undefined ? '' : `,DNS:kubernetes.default.svc,IP:${API_SERVICE},IP:${address}`;
   const curve = ['-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-days', '2'];
   must(['openssl', 'req', '-x509', ...curve, '-subj', '/CN=test-ca', '-keyout', caKey, '-out', ca]);
   must(
     ['openssl', 'req', '-x509', ...curve, '-CA', ca, '-CAkey', caKey, '-subj', '/CN=kube-apiserver'].concat(
-      ['-addext', 'subjectAltName=DNS:localhost,IP:127.0.0.1', '-addext', 'basicConstraints=critical,CA:FALSE'],
+      ['-addext', `subjectAltName=DNS:localhost,IP:127.0.0.1${more}`, '-addext', 'basicConstraints=critical,CA:FALSE'],
       ['-keyout', key, '-out', cert],
     ),
   );

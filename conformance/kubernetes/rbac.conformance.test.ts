@@ -1,33 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The agent with exactly the role of plugin/agent/rbac.yaml, and with each right taken out of it: every one is needed,
-// and what is missing is said.
+// The agent with exactly the role of the chart, and with each right taken out of it: every one is needed, and what is
+// missing is said.
 
-import { readFileSync, writeFileSync } from 'node:fs';
+import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest';
-import { parseAllDocuments } from 'yaml';
 import { Testbed, until } from '../netns.ts';
 import { missingControlPlane } from './build.ts';
 import { ControlPlane } from './control-plane.ts';
+import { grantRole, roleRules } from './role.ts';
 import { Site, type SitePod } from './site.ts';
 
-interface Rule {
-  apiGroups: string[];
-  resources: string[];
-  verbs: string[];
-}
-
-const FILE = join(import.meta.dirname, '../../plugin/agent/rbac.yaml');
-const [account, role, binding] = parseAllDocuments(readFileSync(FILE, 'utf8')).map(
-  (document) => document.toJS() as { metadata: { name: string; namespace?: string }; rules: Rule[] },
-);
-if (account === undefined || role === undefined || binding === undefined) throw new Error(`${FILE}: three objects`);
+const RULES = roleRules();
 const ROLES = '/apis/rbac.authorization.k8s.io/v1/clusterroles';
 const MODE = 'istio.io/dataplane-mode';
 
 /** Each right by itself: ["pods", "get"]. */
-const rights = role.rules.flatMap(({ resources, verbs }) =>
+const rights = RULES.flatMap(({ resources, verbs }) =>
   resources.flatMap((resource) => verbs.map((verb): [string, string] => [resource, verb])),
 );
 
@@ -41,9 +31,7 @@ describe.runIf(missingControlPlane() === undefined)('the role, with kube-apiserv
   beforeAll(async () => {
     plane = await ControlPlane.start(testbed);
     await plane.createNamespace('istio-system');
-    uid = await plane.createServiceAccount('istio-system', 'ambient-redirect');
-    await plane.admin.create(ROLES, role);
-    await plane.admin.create(`${ROLES}/`.replace('clusterroles/', 'clusterrolebindings'), binding);
+    uid = await grantRole(plane, 'istio-system', 'ambient-redirect');
   }, 3_000_000);
   afterAll(() => testbed.close());
   beforeEach(async () => {
@@ -58,12 +46,12 @@ describe.runIf(missingControlPlane() === undefined)('the role, with kube-apiserv
 
   /** The role without one right. The authorizer follows by a watch of its own. */
   async function grant(without?: [string, string]): Promise<void> {
-    const rules = role?.rules.map((rule) => ({
+    const rules = RULES.map((rule) => ({
       ...rule,
       verbs: rule.verbs.filter((verb) => rule.resources[0] !== without?.[0] || verb !== without?.[1]),
     }));
     await plane.admin.mergePatch(`${ROLES}/ambient-redirect`, {
-      rules: rules?.filter(({ verbs }) => verbs.length > 0),
+      rules: rules.filter(({ verbs }) => verbs.length > 0),
     });
     for (const [resource = '', verb = ''] of rights) {
       const wanted = resource !== without?.[0] || verb !== without[1];

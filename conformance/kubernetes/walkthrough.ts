@@ -2,12 +2,11 @@
 //
 // npm run walkthrough: a node as a cluster has it, step by step, and what becomes of its pods' traffic. etcd and
 // kube-apiserver, containerd with a plain network, two pods that run already; then install, the agent with the role of
-// rbac.yaml, and a proxy; then a label on the namespace, and off again. Every step is done by the programs themselves,
+// the chart, and a proxy; then a label on the namespace, and off again. Every step is done by the programs themselves,
 // in namespaces that go with it. Ends with exit code 1 at the first step that does not come out as it says.
 
-import { readFileSync, writeFileSync } from 'node:fs';
+import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { parseAllDocuments } from 'yaml';
 import { HAProxy } from '../containerd/haproxy.ts';
 import { ask, type Workload } from '../containerd/mesh.ts';
 import { network } from '../containerd/networks.ts';
@@ -17,9 +16,9 @@ import { type Running, Testbed, until } from '../netns.ts';
 import { KUBERNETES, missingControlPlane } from './build.ts';
 import { ControlPlane } from './control-plane.ts';
 import { Front } from './front.ts';
+import { grantRole } from './role.ts';
 
 const NODE = 'worker';
-const RBAC = join(import.meta.dirname, '../../plugin/agent/rbac.yaml');
 const MODE = 'istio.io/dataplane-mode';
 const REDIRECTION = 'ambient.istio.io/redirection';
 
@@ -74,10 +73,7 @@ class Walk {
   /** The agent as the DaemonSet runs it: its own service account, nothing but the role. */
   async startAgent(): Promise<void> {
     const { plane, node, testbed } = this;
-    const [, role, binding] = parseAllDocuments(readFileSync(RBAC, 'utf8')).map((document) => document.toJS());
-    const uid = await plane.createServiceAccount('istio-system', 'ambient-redirect');
-    await plane.admin.create('/apis/rbac.authorization.k8s.io/v1/clusterroles', role);
-    await plane.admin.create('/apis/rbac.authorization.k8s.io/v1/clusterrolebindings', binding);
+    const uid = await grantRole(plane, 'istio-system', 'ambient-redirect');
     const token = join(plane.directory, 'agent.token');
     writeFileSync(token, plane.serviceAccountToken('istio-system', 'ambient-redirect', uid, 3_600));
     const front = await Front.start(testbed, plane, node.namespace);
@@ -96,7 +92,7 @@ class Walk {
       },
       30_000,
     );
-    this.say('the agent runs with the role of plugin/agent/rbac.yaml, and is ready');
+    this.say('the agent runs with the role of the chart, and is ready');
   }
 
   /** A request over IPv4; who saw it on its way? */

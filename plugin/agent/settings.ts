@@ -20,7 +20,8 @@ export const AGENT_SETTINGS = {
   runDir: DIRECTORY_SETTINGS.runDir,
   conf: {
     ...ENTRY_SETTINGS.conf,
-    meaning: 'settings of pods that the agent enrols by itself: a file with the entry, or a conflist with it',
+    meaning:
+      'settings of pods that the agent enrols by itself: a file with the entry, or a conflist with it; without it as the last install was told',
   },
   workloads: row(
     '--workloads <file>',

@@ -3,9 +3,9 @@
 
 import { Counter, Gauge, Histogram } from 'prom-client';
 import { hex } from '../../attachments.ts';
-import { settingsOf } from '../../cli/directories.ts';
 import { CniError, Code } from '../../cni/errors.ts';
 import type { Agent } from '../agent.ts';
+import { entrySettings } from '../entry-settings.ts';
 import type { AgentSettings } from '../settings.ts';
 import { Api, type ClusterAccess } from './api.ts';
 import { CriSandboxes } from './cri.ts';
@@ -55,8 +55,8 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   if (settings.nodeName === '') {
     throw new Error('--node-name (NODE_NAME) is needed: the API server is asked for the pods of one node');
   }
-  const { stateDir, runDir, conf, enablementSelectors } = settings;
-  const { config, network } = settingsOf({ stateDir, runDir, ...(conf !== undefined && { conf }) });
+  const { enablementSelectors } = settings;
+  const { config, network } = entrySettings(settings);
   const pinned = new PinnedState(native, config);
   pinned.current();
   const api = new Api(access);
@@ -68,6 +68,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   });
   const enroller = new Enroller({
     native,
+    steps: agent.steps,
     config,
     enablementSelectors,
     network,

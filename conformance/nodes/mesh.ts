@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Who saw the traffic. A request tells by itself whether somebody was between: the port that the server's socket has for
+// its peer is the client's own, or it is not. The proxy's own list of connections, which it writes to its log, says
+// which of them it was.
+
+import { existsSync, readdirSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { until } from '../netns.ts';
+import type { Cluster, PodObject } from './cluster.ts';
+import { role, SYSTEM } from './manifests.ts';
+import type { Answer } from './pod.ts';
+
+/** A connection that a proxy accepted. */
+export interface Sighting {
+  node: string;
+  at: number;
+  listener: 'outbound' | 'inboundPlaintext' | 'inboundHBONE';
+  source: string;
+  destination: string;
+  port: number;
+}
+
+export type Way = 'direct' | 'proxied';
+
+/** Lines of a container's log, from the node's disk: there while API server, kubelet and the pod are not. */
+export function logLines(cluster: Cluster, pod: PodObject, container = 'app'): Record<string, unknown>[] {
+  const { name, namespace, uid } = pod.metadata;
+  const node = cluster.node(pod.spec.nodeName);
+  const directory = join(node.disk, 'upper/var/log/pods', `${namespace}_${name}_${uid}`, container);
+  if (!existsSync(directory)) return [];
+  const files = readdirSync(directory).sort((a, b) => Number.parseInt(a, 10) - Number.parseInt(b, 10));
+  return files.flatMap((file) =>
+    readFileSync(join(directory, file), 'utf8')
+      .split('\n')
+      // "TIME stdout F TEXT"
+      .map((line) => line.split(' ').slice(3).join(' '))
+      .filter((text) => text.startsWith('{') && text.endsWith('}'))
+      .map((text) => JSON.parse(text) as Record<string, unknown>),
+  );
+}
+
+/** What the proxies of all nodes have seen, dead ones included as long as their log is there. */
+export function sightings(cluster: Cluster): Sighting[] {
+  return cluster.nodes.flatMap((node) => {
+    const pods = join(node.disk, 'upper/var/log/pods');
+    if (!existsSync(pods)) return [];
+    return readdirSync(pods)
+      .filter((name) => name.startsWith(`${SYSTEM}_ztunnel-`))
+      .flatMap((directory) => {
+        const [namespace = '', name = '', uid = ''] = directory.split('_');
+        const pod = { metadata: { namespace, name, uid }, spec: { nodeName: node.name } } as PodObject;
+        return logLines(cluster, pod)
+          .filter(({ listener }) => listener !== undefined)
+          .map((line) => ({ node: node.name, ...line }) as unknown as Sighting);
+      });
+  });
+}
+
+/** One request from a pod. Throws if it is not answered. */
+export async function ask(cluster: Cluster, from: PodObject, url: string, seconds = 5): Promise<Answer> {
+  const command = role('ask', url, String(seconds));
+  const text = await cluster.exec(from.metadata.namespace, from.metadata.name, command, (seconds + 25) * 1_000);
+  return JSON.parse(text) as Answer;
+}
+
+export function address(pod: PodObject, family: 4 | 6 = 4): string {
+  const found = pod.status.podIPs?.find(({ ip }) => ip.includes(':') === (family === 6));
+  if (found === undefined) throw new Error(`${pod.metadata.name} has no IPv${family} address`);
+  return found.ip;
+}
+
+export function urlOf(pod: PodObject, port: number, family: 4 | 6 = 4): string {
+  const host = address(pod, family);
+  return `http://${family === 6 ? `[${host}]` : host}:${port}/`;
+}
+
+/**
+ * A request, the way it must go, and who says so: the server's socket for its peer, and the proxies' lists. The server
+ * must see the client's own address either way.
+ * @param seen number of connections that the proxies must have accepted for it: of this client's address
+ */
+export async function expectWay(
+  cluster: Cluster,
+  from: PodObject,
+  url: string,
+  way: Way,
+  { server, seen }: { server?: string; seen?: number } = {},
+): Promise<Answer> {
+  const family = url.includes('[') ? 6 : 4;
+  const source = address(from, family);
+  const mine = () => sightings(cluster).filter((one) => one.source === source).length;
+  const before = mine();
+  const answer = await ask(cluster, from, url);
+  const found: Way = answer.clientPort === answer.localPort ? 'direct' : 'proxied';
+  const what = `${from.metadata.namespace}/${from.metadata.name} to ${url}`;
+  if (answer.client !== source) throw new Error(`${what}: the server saw ${answer.client}, not ${source}`);
+  if (server !== undefined && answer.server !== server)
+    throw new Error(`${what}: ${answer.server} answered, not ${server}`);
+  if (found !== way) throw new Error(`${what}: went ${found}, it was to go ${way}`);
+  if (way === 'direct') {
+    if (mine() !== before) throw new Error(`${what}: a proxy saw a connection that went direct`);
+  } else {
+    const wanted = seen ?? 1;
+    await until(`${what}: the proxies list it`, () => mine() >= before + wanted);
+    if (mine() !== before + wanted)
+      throw new Error(`${what}: the proxies list ${mine() - before} connections, not ${wanted}`);
+  }
+  return answer;
+}
