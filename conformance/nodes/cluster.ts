@@ -7,6 +7,7 @@ import { readFileSync, writeFileSync } from 'node:fs';
 import { request } from 'node:https';
 import { join } from 'node:path';
 import type { Api } from '../../plugin/agent/kubernetes/api.ts';
+import { CHART, helmProgram } from '../chart/helm.ts';
 import { ControlPlane } from '../kubernetes/control-plane.ts';
 import { type ExecOptions, exec, must, type Running, type Testbed, until } from '../netns.ts';
 import { type NodePrograms, nodePrograms } from './build.ts';
@@ -26,7 +27,7 @@ export interface PodObject {
     annotations?: Record<string, string>;
     deletionTimestamp?: string;
   };
-  spec: { nodeName: string };
+  spec: { nodeName: string; hostNetwork?: boolean };
   status: {
     phase: string;
     podIP?: string;
@@ -81,7 +82,7 @@ export class Cluster {
     cluster.#startControllers();
     const images = await Promise.all([
       meshImage(testbed.directory('mesh-image')),
-      ownImage(testbed.directory('own-image')),
+      ownImage(testbed.directory('own-image'), '1'),
     ]);
     const server = `https://${CONTROL}:${plane.port}`;
     await Promise.all(
@@ -163,6 +164,28 @@ export class Cluster {
     return outcome.stdout;
   }
 
+  /** helm with the chart in the release's place; returns its stdout; throws if it fails. */
+  async helm(args: readonly string[], timeout = 300_000): Promise<string> {
+    const nowhere = {
+      HELM_CONFIG_HOME: '/nonexistent',
+      HELM_DATA_HOME: '/nonexistent',
+      HELM_CACHE_HOME: '/nonexistent',
+    };
+    const argv = [await helmProgram(), `--kubeconfig=${this.kubeconfig}`, ...args];
+    const env = { PATH: process.env.PATH ?? '', HOME: '/nonexistent', ...nowhere };
+    const outcome = await exec(argv, { timeout, env });
+    if (outcome.status !== 0) {
+      throw new Error(
+        `helm ${args.join(' ')}: exit ${outcome.status}: ${outcome.stderr.trim()} ${outcome.stdout.trim()}`,
+      );
+    }
+    return outcome.stdout;
+  }
+
+  get chart(): string {
+    return CHART;
+  }
+
   /** kubectl apply of objects. */
   async apply(...objects: Json[]): Promise<void> {
     const input = objects.map((object) => JSON.stringify(object)).join('\n---\n');
@@ -226,7 +249,11 @@ export class Cluster {
       limit,
     ).catch(async (error: Error) => {
       const events = await this.kubectl(['get', 'events', '-n', namespace, '--sort-by=.lastTimestamp']).catch(String);
-      const states = found.map(({ metadata, status }) => `${metadata.name}: ${JSON.stringify(status)}`).join('\n');
+      const states = found
+        .filter((pod) => !isReady(pod))
+        .slice(0, 3)
+        .map(({ metadata, status }) => `${metadata.name}: ${JSON.stringify(status).slice(0, 1_500)}`)
+        .join('\n');
       throw new Error(`${error.message}:\n${states}\n${events.slice(-3_000)}`);
     });
     return found;

@@ -11,7 +11,8 @@ import { missingControlPlane } from '../kubernetes/build.ts';
 import { Testbed } from '../netns.ts';
 import { nodePrograms } from './build.ts';
 import { Cluster } from './cluster.ts';
-import { type Contract, LifeCycle } from './life-cycle.ts';
+import { type Contract, Ground } from './ground.ts';
+import { lifeCycle } from './life-cycle.ts';
 import { Steps } from './steps.ts';
 
 const { values } = parseArgs({
@@ -52,8 +53,7 @@ async function inside(): Promise<number> {
     return cluster.description();
   });
   if (up && cluster !== undefined) {
-    const life = new LifeCycle(cluster, steps, contract);
-    await life.run(values.only?.split(','));
+    await lifeCycle(new Ground(cluster, steps, contract), values.only?.split(','));
   }
   steps.summary();
   if (values.keep && cluster !== undefined) {

@@ -250,6 +250,17 @@ export class RealNode {
     );
   }
 
+  /** Every address of the node's own interfaces. */
+  async addresses(): Promise<string[]> {
+    const links = JSON.parse(await this.run(['ip', '-j', 'address', 'show'])) as { addr_info: { local: string }[] }[];
+    return links.flatMap(({ addr_info: addresses }) => addresses.map(({ local }) => local));
+  }
+
+  /** SIGKILL to a container's process 1: of a sandbox, that ends its pod's network namespace. */
+  async killTask(containerId: string): Promise<void> {
+    await this.run(['ctr', '-n', 'k8s.io', 'task', 'kill', '-s', 'KILL', containerId]);
+  }
+
   log(name: string): string {
     const file = join(this.logs, `${name}.log`);
     return existsSync(file) ? readFileSync(file, 'utf8').slice(-3_000) : '';
