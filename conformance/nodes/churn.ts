@@ -48,7 +48,16 @@ export async function churn(ground: Ground): Promise<void> {
         async () => (await ground.rows(node)).some((now) => now.uid === row.uid && now.containerId !== row.containerId),
         60_000,
       );
-      await cluster.untilPod(SHOP, name, 'is ready in it', (now) => isReady(now) && now.status.podIP !== undefined);
+      const [fresh] = (await ground.rows(node)).filter(
+        (now) => now.uid === row.uid && now.containerId !== row.containerId,
+      );
+      // kubelet's report of the pod's new address comes later than that.
+      await cluster.untilPod(
+        SHOP,
+        name,
+        'is ready in it',
+        (now) => isReady(now) && fresh?.addresses.includes(now.status.podIP ?? '') === true,
+      );
       await until(
         `of ${name}'s old sandbox nothing is recorded`,
         async () => !(await ground.rows(node)).some((now) => now.containerId === row.containerId),
@@ -56,10 +65,7 @@ export async function churn(ground: Ground): Promise<void> {
       );
     }
     await ground.untilAnnotated('enabled');
-    await until('pods have their new addresses', async () => {
-      await ground.refresh();
-      return true;
-    });
+    await ground.refresh();
     await ground.traffic(true);
   });
   await step('a static pod is redirected and annotated', async () => {

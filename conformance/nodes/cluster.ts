@@ -160,7 +160,9 @@ export class Cluster {
   async kubectl(args: readonly string[], options: ExecOptions = {}): Promise<string> {
     const outcome = await exec([this.programs.kubectl, `--kubeconfig=${this.kubeconfig}`, ...args], options);
     if (outcome.status !== 0)
-      throw new Error(`kubectl ${args.join(' ')}: exit ${outcome.status}: ${outcome.stderr.trim()}`);
+      throw new Error(
+        `kubectl ${args.join(' ')}: exit ${outcome.status}: ${outcome.stderr.trim()} ${outcome.stdout.trim()}`,
+      );
     return outcome.stdout;
   }
 

@@ -24,6 +24,7 @@ export interface Row {
   uid: string;
   containerId: string;
   network: string;
+  addresses: string[];
   role: 'pod' | 'proxy' | 'none';
   state: string;
   netns: { path: string };
