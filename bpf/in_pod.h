@@ -159,15 +159,9 @@ static __always_inline int loop_to_lo(const struct run *r, enum reason reason)
 
 static __always_inline int was_looped(struct __sk_buff *skb)
 {
-	__u8 macs[12];
-	int i, differ = 0;
+	__u16 macs[6];
 
-	if (skb->mark != mark_tproxy || bpf_skb_load_bytes(skb, 0, macs, sizeof(macs)))
-		return 0;
-#pragma unroll
-	for (i = 0; i < 6; i++)
-		differ |= macs[i] ^ macs[6 + i];
-	return !differ;
+	return skb->mark == mark_tproxy && !copy_words2(skb, 0, macs, 6) && same_mac(macs, (__u8 *)(macs + 3));
 }
 
 /* ---- DNS --------------------------------------------------------------------------------------------------------- */
@@ -546,7 +540,7 @@ static __always_inline int inpod_inbound(const struct run *r, struct packet *p, 
 		remember_flow(&from_pod, r->ifindex, FLOW_INBOUND);
 		return to_listener(r, p, self, self->inbound_plaintext, REASON_REDIRECTED_INBOUND);
 	}
-	sk = bpf_skc_lookup_tcp(skb, &p->socket, p->socket_len, BPF_F_CURRENT_NETNS, 0);
+	sk = bpf_skc_lookup_tcp(skb, &p->socket, socket_length(p), BPF_F_CURRENT_NETNS, 0);
 	if (sk) {
 		state = sk->state;
 		trusted = marked_socket(sk, state != BPF_TCP_LISTEN);
@@ -739,7 +733,7 @@ int inpod_guard(struct __sk_buff *skb)
 	if (kind != KIND_TCP || link_local(&p))
 		return PASS;
 	swap_ends(&p);
-	sk = bpf_skc_lookup_tcp(skb, &p.socket, p.socket_len, (__u64)(__s64)self->nsid, 0);
+	sk = bpf_skc_lookup_tcp(skb, &p.socket, socket_length(&p), (__u64)(__s64)self->nsid, 0);
 	swap_ends(&p);
 	if (sk) {
 		connected = sk->state != BPF_TCP_LISTEN;

@@ -148,7 +148,7 @@ struct {
 const volatile __u32 mark_bypass = 0xa3b10001;
 const volatile __u32 mark_to_proxy = 0xa3b10002;
 const volatile __u32 mark_tproxy = 0xa3b10400;
-const volatile __u8 sign[8] = { 2, 0, 0, 0, 0 };
+const volatile __u8 sign[8] __attribute__((aligned(8))) = { 2, 0, 0, 0, 0 };
 const volatile __u32 direct_seed[2] = { 0, 0 };
 const volatile __u32 direct_sets = 128; /* of each pod */
 const volatile __u8 use_redirect_peer = 1;

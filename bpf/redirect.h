@@ -121,6 +121,7 @@ enum reason {
 #define INTERFACE_TPROXY (1u << 11)       /* a proxy's attachment: TPROXY rules were made for it */
 #define INTERFACE_IN_POD (1u << 12)       /* the proxy is inside the pod's netns */
 #define INTERFACE_ROUTE_LOCALNET (1u << 13) /* an attachment in the in-pod contract: route_localnet was off before */
+#define INTERFACE_MIGRATE_REQUESTS (1u << 14) /* an attachment in the in-pod contract: tcp_migrate_req was off before */
 
 /* map "interfaces", hash: interface id -> */
 struct interface {

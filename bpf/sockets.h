@@ -23,7 +23,7 @@ static __always_inline int socket_state(struct __sk_buff *skb, struct packet *p,
 	struct bpf_sock *sk;
 	int state = 0;
 
-	sk = find_socket(skb, &p->socket, p->socket_len, nsid);
+	sk = find_socket(skb, &p->socket, socket_length(p), nsid);
 	if (!sk)
 		return 0;
 	state = sk->state;

@@ -10,6 +10,7 @@
 #include <new>
 
 #include "arguments.h"
+#include "aside.h"
 #include "background.h"
 #include "bpf.h"
 #include "connect.h"
@@ -193,6 +194,17 @@ Napi::Value set_setting(const Info &info, const Ipv4Setting &setting) {
 
 Napi::Value acceptLocal(const Info &info) { return get_setting(info, ACCEPT_LOCAL); }
 Napi::Value setAcceptLocal(const Info &info) { return set_setting(info, ACCEPT_LOCAL); }
+Napi::Value migrateRequests(const Info &info) {
+  auto on = migrate_requests(to_netns(info[0], "netns"));
+  return on ? Napi::Value(boolean(info, *on)) : info.Env().Null();
+}
+
+Napi::Value setMigrateRequests(const Info &info) {
+  int netns = to_netns(info[0], "netns");
+  set_migrate_requests(netns, to_boolean(info[1], "on"));
+  return info.Env().Undefined();
+}
+
 Napi::Value routeLocalnet(const Info &info) { return get_setting(info, ROUTE_LOCALNET); }
 Napi::Value setRouteLocalnet(const Info &info) { return set_setting(info, ROUTE_LOCALNET); }
 
@@ -803,6 +815,24 @@ Napi::Value attachTcx(const Info &info) {
   return object;
 }
 
+Napi::Value attachTcxAside(const Info &info) {
+  int netns = to_netns(info[0], "netns");
+  uint32_t ifindex = to_ifindex(info[1], "ifindex");
+  Direction direction = to_direction(info[2]);
+  int program = to_fd(info[3], "programFd");
+  bool first = to_word(info[4], "order", ORDERS);
+  auto id = std::make_shared<uint32_t>(0);
+  return await_call(
+      info.Env(), [=, path = to_path(info[5], "pinPath")] {
+        *id = attach_tcx(netns, ifindex, direction, program, first, path);
+      },
+      [=](Napi::Env env) {
+        Napi::Object object = Napi::Object::New(env);
+        object.Set("linkId", *id);
+        return object;
+      });
+}
+
 Napi::Value attachLookup(const Info &info) {
   int netns = to_fd(info[0], "netns"), program = to_fd(info[1], "programFd");
   Napi::Object object = Napi::Object::New(info.Env());
@@ -841,6 +871,13 @@ Napi::Value updateLink(const Info &info) {
 }
 
 Napi::Value detachLink(const Info &info) { return boolean(info, detach_link(to_path(info[0], "pinPath"))); }
+
+Napi::Value detachLinkAside(const Info &info) {
+  auto found = std::make_shared<bool>(false);
+  return await_call(
+      info.Env(), [=, path = to_path(info[0], "pinPath")] { *found = detach_link(path); },
+      [=](Napi::Env env) { return Napi::Boolean::New(env, *found); });
+}
 
 Napi::Value addClsact(const Info &info) {
   int netns = to_netns(info[0], "netns");
@@ -1153,6 +1190,8 @@ const Export FUNCTIONS[] = {
     EXPORT(linkAddresses),
     EXPORT(acceptLocal),
     EXPORT(setAcceptLocal),
+    EXPORT(migrateRequests),
+    EXPORT(setMigrateRequests),
     EXPORT(routeLocalnet),
     EXPORT(setRouteLocalnet),
     EXPORT(qdiscs),
@@ -1214,11 +1253,13 @@ const Export FUNCTIONS[] = {
     EXPORT(programById),
     EXPORT(testRun),
     EXPORT(attachTcx),
+    EXPORT(attachTcxAside),
     EXPORT(attachLookup),
     EXPORT(queryTcx),
     EXPORT(linkInfo),
     EXPORT(updateLink),
     EXPORT(detachLink),
+    EXPORT(detachLinkAside),
     EXPORT(addClsact),
     EXPORT(filters),
     EXPORT(attachFilter),

@@ -207,6 +207,11 @@ describe('every kernel call fails once', () => {
       act: () => native.setAcceptLocal(podFd, 1, true),
       undo: () => native.setAcceptLocal(podFd, 1, false),
     },
+    migrateRequests: { act: () => native.migrateRequests(podFd) },
+    setMigrateRequests: {
+      act: () => native.setMigrateRequests(podFd, true),
+      undo: () => native.setMigrateRequests(podFd, false),
+    },
     qdiscs: { act: () => native.qdiscs(netns, ifindex) },
     addRule: { act: () => native.addRule(podFd, rule), undo: () => native.deleteRule(podFd, rule) },
     'addRule again': { before: () => native.addRule(podFd, rule), act: () => native.addRule(podFd, rule) },
@@ -280,6 +285,36 @@ describe('every kernel call fails once', () => {
     expect(failure(attach)).toMatchObject({ code: 'EIO', syscall: 'bpf(BPF_OBJ_PIN)' });
     native.failKernelCall(0, 0);
     expect(native.queryTcx(netns, ifindex, 'ingress')).toEqual([]);
+  });
+
+  test('what is made on another thread rejects, and leaves nothing', async () => {
+    native.detachLink(pin());
+    const attachAside = () => native.attachTcxAside(netns, ifindex, 'ingress', program, 'first', pin());
+    const detachAside = () => native.detachLinkAside(pin());
+    for (const [act, undo] of [
+      [attachAside, () => native.detachLink(pin())],
+      [detachAside, () => existsSync(pin()) || attach()],
+    ] as const) {
+      for (let n = 1; ; n++) {
+        undo();
+        const before = native.kernelCalls().length;
+        const open = descriptors().length;
+        native.failKernelCall(n, EIO);
+        const error = await act().then(
+          () => undefined,
+          (error: unknown) => error,
+        );
+        native.failKernelCall(0, 0);
+        if (native.kernelCalls().length - before < n) {
+          expect(error).toBeUndefined();
+          expect(n).toBeGreaterThan(2);
+          break;
+        }
+        expect(error).toMatchObject({ code: 'EIO' });
+        expect(descriptors().length).toBe(open);
+        if (act === attachAside) expect(native.queryTcx(netns, ifindex, 'ingress')).toEqual([]);
+      }
+    }
   });
 
   test('connectTransparent rejects', async () => {

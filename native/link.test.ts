@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import { type Namespace, Testbed } from '../conformance/netns.ts';
+import { must, type Namespace, Testbed } from '../conformance/netns.ts';
 import { ADDON_ENVIRONMENT, cause, native, opened } from './native.testing.ts';
 
 const bed = Testbed.open();
@@ -66,6 +66,39 @@ describe('accept_local', () => {
   test('of no device is ENODEV', () => {
     expect(cause(() => native.acceptLocal(podFd, 4711))).toMatchObject({ code: 'ENODEV', syscall: 'RTM_GETLINK' });
     expect(cause(() => native.setAcceptLocal(podFd, 4711, true))).toMatchObject({ code: 'ENODEV' });
+  });
+});
+
+describe('tcp_migrate_req', () => {
+  const sysctl = (namespace: Namespace) => namespace.run(['sysctl', '-n', 'net.ipv4.tcp_migrate_req']).trim();
+
+  test('is what sysctl says, of the namespace asked for', () => {
+    for (const on of [true, false]) {
+      native.setMigrateRequests(podFd, on);
+      expect(native.migrateRequests(podFd)).toBe(on);
+      expect(sysctl(pod)).toBe(on ? '1' : '0');
+      expect(sysctl(node)).toBe('0');
+    }
+  });
+
+  test('is set where /proc/sys is read-only, as it is in a container', () => {
+    const script = `
+      const { loadNative } = await import('${new URL('../plugin/addon.ts', import.meta.url)}');
+      const native = loadNative();
+      const netns = native.openNetns('${pod.path}');
+      native.setMigrateRequests(netns, true);
+      console.log(native.migrateRequests(netns));
+      native.close(netns);`;
+    const shell = [
+      'mount --bind /proc/sys /proc/sys',
+      'mount -o remount,bind,ro /proc/sys',
+      '! echo 0 >/proc/sys/net/ipv4/tcp_migrate_req',
+      'exec "$@"',
+    ].join(' && ');
+    const node = ['env', ...ADDON_ENVIRONMENT, process.execPath, '--input-type=module', '-e', script];
+    expect(must(['unshare', '--mount', 'sh', '-c', shell, 'sh', ...node])).toBe('true\n');
+    expect(sysctl(pod)).toBe('1');
+    native.setMigrateRequests(podFd, false);
   });
 });
 

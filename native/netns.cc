@@ -7,9 +7,11 @@
 #include <linux/rtnetlink.h>
 #include <sched.h>
 #include <sys/ioctl.h>
+#include <sys/mount.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -32,6 +34,33 @@ Fd current_netns() {
   if (!fd) throw KernelError(errno, "open", path);
   return fd;
 }
+
+const char *const MIGRATE_REQUESTS = "net/ipv4/tcp_migrate_req";
+
+// Below /proc/sys/net a thread finds its own namespace's settings. Nothing if there is no such file.
+Fd open_sysctl(int netns, const std::string &name, int flags, const std::string &object) {
+  NetnsScope scope(netns);
+  const std::string path = "/proc/sys/" + name;
+  Fd fd(kernel_call("open", [&] { return ::open(path.c_str(), flags | O_CLOEXEC); }));
+  if (fd || errno == ENOENT) return fd;
+  if (errno != EROFS) throw KernelError(errno, "open", object);
+  // Container runtimes mount /proc/sys read-only over itself; a proc of our own that is mounted nowhere is as the
+  // kernel made it.
+  Fd type(static_cast<int>(kernel_call("fsopen", [&] { return ::fsopen("proc", FSOPEN_CLOEXEC); })));
+  if (!type) throw KernelError(errno, "fsopen", "proc, for " + object);
+  int created = kernel_call("fsconfig", [&] {
+    return ::fsconfig(type.get(), FSCONFIG_CMD_CREATE, nullptr, nullptr, 0);
+  });
+  if (created < 0) throw KernelError(errno, "fsconfig", "proc, for " + object);
+  Fd proc(static_cast<int>(kernel_call("fsmount", [&] { return ::fsmount(type.get(), FSMOUNT_CLOEXEC, 0); })));
+  if (!proc) throw KernelError(errno, "fsmount", "proc, for " + object);
+  const std::string below = "sys/" + name;
+  fd = Fd(kernel_call("openat", [&] { return ::openat(proc.get(), below.c_str(), flags | O_CLOEXEC); }));
+  if (!fd) throw KernelError(errno, "openat", object);
+  return fd;
+}
+
+std::string migrate_requests_text(int netns) { return "net.ipv4.tcp_migrate_req of " + netns_text(netns); }
 
 }  // namespace
 
@@ -68,6 +97,25 @@ int open_netns(const std::string &path) {
   if (type < 0 && errno != ENOTTY) throw KernelError(errno, "ioctl(NS_GET_NSTYPE)", path);
   if (type != CLONE_NEWNET) throw KernelError(EINVAL, "ioctl(NS_GET_NSTYPE)", path + " is not a network namespace");
   return fd.release();
+}
+
+std::optional<bool> migrate_requests(int netns) {
+  const std::string object = migrate_requests_text(netns);
+  Fd fd = open_sysctl(netns, MIGRATE_REQUESTS, O_RDONLY, object);
+  if (!fd) return std::nullopt;
+  char value = 0;
+  ssize_t size = kernel_call("read", [&] { return ::read(fd.get(), &value, 1); });
+  if (size != 1) throw KernelError(size < 0 ? errno : EIO, "read", object);
+  return value != '0';
+}
+
+void set_migrate_requests(int netns, bool on) {
+  const std::string object = migrate_requests_text(netns);
+  Fd fd = open_sysctl(netns, MIGRATE_REQUESTS, O_WRONLY, object);
+  if (!fd) throw KernelError(ENOENT, "open", object);
+  if (kernel_call("write", [&] { return ::write(fd.get(), on ? "1" : "0", 1); }) < 0) {
+    throw KernelError(errno, "write", object);
+  }
 }
 
 uint64_t socket_netns_cookie(int socket) {

@@ -4,6 +4,7 @@
 #define AMBIENT_NATIVE_NETNS_H
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "fd.h"
@@ -39,6 +40,9 @@ NetnsIdentity netns_identity(int netns);
 int32_t netns_id(int netns, bool allocate);
 // for messages: "the process's netns", "netns fd 7"
 std::string netns_text(int netns);
+// net.ipv4.tcp_migrate_req, both families'; nothing where the kernel has none (it came with 5.14).
+std::optional<bool> migrate_requests(int netns);
+void set_migrate_requests(int netns, bool on);
 // SO_NETNS_COOKIE; 0 where the kernel does not know it
 uint64_t socket_netns_cookie(int socket);
 

@@ -149,6 +149,11 @@ const functions: Record<
     ['ifindex', ifindex],
     ['on', boolean],
   ],
+  migrateRequests: [['netns', netns]],
+  setMigrateRequests: [
+    ['netns', netns],
+    ['on', boolean],
+  ],
   routeLocalnet: [
     ['netns', netns],
     ['ifindex', ifindex],
@@ -365,6 +370,14 @@ const functions: Record<
     ['order', order],
     ['pinPath', path],
   ],
+  attachTcxAside: [
+    ['netns', netns],
+    ['ifindex', ifindex],
+    ['direction', direction],
+    ['programFd', fd],
+    ['order', order],
+    ['pinPath', path],
+  ],
   attachLookup: [
     ['netns', fd],
     ['programFd', fd],
@@ -381,6 +394,7 @@ const functions: Record<
     ['programFd', fd],
   ],
   detachLink: [['pinPath', path]],
+  detachLinkAside: [['pinPath', path]],
   addClsact: [
     ['netns', netns],
     ['ifindex', ifindex],
@@ -667,6 +681,8 @@ describe('a descriptor that is not open is EBADF', () => {
     linkAddresses: () => native.linkAddresses(CLOSED, 1),
     acceptLocal: () => native.acceptLocal(CLOSED, 1),
     setAcceptLocal: () => native.setAcceptLocal(CLOSED, 1, true),
+    migrateRequests: () => native.migrateRequests(CLOSED),
+    setMigrateRequests: () => native.setMigrateRequests(CLOSED, true),
     qdiscs: () => native.qdiscs(CLOSED, 1),
     addRule: () => native.addRule(CLOSED, { family: 4, priority: 1, mark: 1, table: 1, protocol: 1 }),
     deleteRule: () => native.deleteRule(CLOSED, { family: 4, priority: 1, mark: 1, table: 1, protocol: 1 }),
@@ -710,6 +726,11 @@ describe('a descriptor that is not open is EBADF', () => {
       timeoutMs: 1,
     });
     await expect(connection).rejects.toMatchObject({ code: 'EBADF', syscall: 'setns' });
+  });
+
+  test('attachTcxAside', async () => {
+    const attached = native.attachTcxAside(CLOSED, 1, 'ingress', CLOSED, 'first', '/nonexistent');
+    await expect(attached).rejects.toMatchObject({ code: 'EBADF', syscall: 'setns' });
   });
 
   test('programInfo, where the kernel has a word of its own', () => {

@@ -70,6 +70,33 @@ describe('a TCX link', () => {
     expect(native.linkInfo(pin)).toBeNull();
   });
 
+  test('is attached and detached on another thread, and the event loop goes on meanwhile', async () => {
+    const here = currentNetns();
+    let turns = 0;
+    const count = () => {
+      turns++;
+      timer = setImmediate(count);
+    };
+    let timer = setImmediate(count);
+    const { linkId } = await native.attachTcxAside(netns, ifindex, 'egress', egress, 'first', pin);
+    const attached = turns;
+    expect(native.queryTcx(netns, ifindex, 'egress')).toEqual([{ programId: id(egress), linkId }]);
+    expect(native.linkInfo(pin)).toMatchObject({ linkId, ifindex, direction: 'egress' });
+    turns = 0;
+    expect(await native.detachLinkAside(pin)).toBe(true);
+    clearImmediate(timer);
+    expect(attached).toBeGreaterThan(0);
+    expect(turns).toBeGreaterThan(0);
+    expect(native.queryTcx(netns, ifindex, 'egress')).toEqual([]);
+    expect(existsSync(pin)).toBe(false);
+    expect(await native.detachLinkAside(pin)).toBe(false);
+    await expect(native.attachTcxAside(netns, 4711, 'ingress', egress, 'first', pin)).rejects.toMatchObject({
+      code: 'ENODEV',
+      syscall: 'bpf(BPF_LINK_CREATE)',
+    });
+    expect(currentNetns()).toBe(here);
+  });
+
   test('goes first or last', () => {
     const guard = state.program('proxy_guard');
     const middle = native.attachTcx(netns, ifindex, 'egress', ingress, 'first', pin);

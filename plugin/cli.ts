@@ -2,8 +2,6 @@
 // The command line: what a person or a DaemonSet runs. Loaded only when CNI_COMMAND is not set; each command's code
 // is in plugin/cli/. Exit codes: 0, 1 for what failed or is impaired, 2 for wrong usage.
 
-import { readFileSync } from 'node:fs';
-import { join } from 'node:path';
 import { Command, CommanderError, InvalidArgumentError, Option } from 'commander';
 import { loadNative } from './addon.ts';
 import { AGENT_SETTINGS } from './agent/settings.ts';
@@ -22,11 +20,9 @@ import { trace } from './cli/trace.ts';
 import { type UnenrollOptions, unenroll } from './cli/unenroll.ts';
 import { CniError, Code } from './cni/errors.ts';
 import { runZtunnel, type ZtunnelProcessOptions } from './demo/ztunnel-process.ts';
+import { ownVersion } from './own-version.ts';
 import { parseCidr, parsePortRange } from './redirect/config.ts';
 import { INSTALL_SETTINGS, readSettings, type SettingTable, settingOptions, UNINSTALL_SETTINGS } from './settings.ts';
-
-/** Set by the build. */
-declare const AMBIENT_REDIRECT_VERSION: string | undefined;
 
 const WRONG_USAGE = 2;
 
@@ -51,7 +47,7 @@ type Finish = (exitCode: number) => void;
 function buildProgram(terminal: Terminal, finish: Finish): Command {
   const program = new Command('ambient-redirect')
     .description("Redirects the TCP traffic of pods through the node's ambient mesh proxy.")
-    .version(version(), '--version', 'print the version')
+    .version(ownVersion(), '--version', 'print the version')
     .helpOption('--help', 'show help')
     .helpCommand(false)
     .configureOutput({ writeOut: (text) => terminal.out(text), writeErr: (text) => terminal.err(text) })
@@ -244,10 +240,4 @@ function describe(error: unknown): string {
   // Wrong arguments to the addon, or to Node's own functions.
   if (error instanceof TypeError || error instanceof RangeError) return error.stack ?? error.message;
   return error instanceof Error ? error.message : String(error);
-}
-
-function version(): string {
-  if (typeof AMBIENT_REDIRECT_VERSION === 'string') return AMBIENT_REDIRECT_VERSION;
-  const description: unknown = JSON.parse(readFileSync(join(import.meta.dirname, '../package.json'), 'utf8'));
-  return (description as { version: string }).version;
 }

@@ -40,16 +40,17 @@ import {
 } from './redirect/plan.ts';
 import { openSandbox, readFacts, requirePeer } from './sandbox.ts';
 import {
-  beside,
   type Directories,
   ensurePrograms,
   ensureState,
+  enterBeside,
   hasCode,
   kernelReason,
   knownStateDirs,
   openState,
   stepError,
 } from './state.ts';
+import { runHere, type Steps, wait } from './steps.ts';
 import { addTproxy, deleteTproxy, needsTproxy } from './tproxy.ts';
 
 /** What is to be attached, as the runtime or a person named it. */
@@ -128,17 +129,27 @@ interface Attachment {
 
 /** Throws CniError; nothing is left then. Doing it again for the same key replaces what is there. */
 export function attach(native: Native, config: RedirectConfig, target: Target): AttachmentRecord {
-  return beside(native, config.runDir, () => attachBeside(native, config, target));
+  return runHere(attachSteps(native, config, target));
 }
 
-function attachBeside(native: Native, config: RedirectConfig, target: Target): AttachmentRecord {
+/** What attach() does. Others may change the state between two of the steps, as an ADD beside this process may. */
+export function* attachSteps(native: Native, config: RedirectConfig, target: Target): Steps<AttachmentRecord> {
+  const leave = enterBeside(native, config.runDir);
+  try {
+    return yield* attachBeside(native, config, target);
+  } finally {
+    leave();
+  }
+}
+
+function* attachBeside(native: Native, config: RedirectConfig, target: Target): Steps<AttachmentRecord> {
   const netns = openSandbox(native, target.netnsPath);
   let state: State | undefined;
   try {
     // In the in-pod contract the proxy's own pod is one like those that are not enrolled.
     if (target.role === 'none' || (target.role === 'proxy' && config.proxy.contract === 'in-pod')) {
       state = ensureState(native, config);
-      return recordOnly(native, config, state, target, netns);
+      return yield* recordOnly(native, config, state, target, netns);
     }
     const facts = readFacts(native, netns, target.netnsPath, target.ifname, target.shaped);
     const plan = planFor(native, config, target, facts);
@@ -148,7 +159,7 @@ function attachBeside(native: Native, config: RedirectConfig, target: Target): A
     removeDeadProxies(native, state, config.runDir);
     const id = facts.host?.ifindex ?? interfaceIdOfKey(native, state, target.key);
     const previous = sameAttachment(native, config, state, target, facts);
-    if (previous === null) removeOld(native, config, state, target, id);
+    if (previous === null) yield* removeOld(native, config, state, target, id);
     else keepNature(native, target, plan, previous);
     // What the record says is put back by DEL, so it is written before the change.
     const ownFlags = settingFlags(native, config, target, netns, facts, plan, previous);
@@ -170,7 +181,7 @@ function attachBeside(native: Native, config: RedirectConfig, target: Target): A
       previous,
       undo: [],
     };
-    return attachAll(attachment);
+    return yield* attachAll(attachment);
   } catch (error) {
     throw stepError(Code.ATTACH_FAILED, `attach to ${target.ifname} in ${target.netnsPath}`, error);
   } finally {
@@ -210,7 +221,7 @@ function settingFlags(
   return flags;
 }
 
-function attachAll(attachment: Attachment): AttachmentRecord {
+function* attachAll(attachment: Attachment): Steps<AttachmentRecord> {
   const { native, state, target, record, plan, undo } = attachment;
   try {
     const { previous } = attachment;
@@ -223,7 +234,7 @@ function attachAll(attachment: Attachment): AttachmentRecord {
       addTproxy(attachment.netns, attachment.config);
     }
     if (plan.interface !== null) withRoom(attachment, () => fillMaps(attachment));
-    for (const hook of plan.hooks) attachHook(attachment, hook);
+    for (const hook of plan.hooks) yield* attachHook(attachment, hook);
     // In the contract in-pod the proxy's own sockets are among the pod's.
     const older = target.role === 'pod' && !target.strict && previous === null;
     if (older && attachment.config.proxy.contract === 'shared') rememberOlder(attachment);
@@ -260,15 +271,15 @@ function runUndo(undo: readonly (() => void)[]): string {
 }
 
 /** A pod that is not enrolled is known all the same: the agent may enrol it later. */
-function recordOnly(
+function* recordOnly(
   native: Native,
   config: RedirectConfig,
   state: State,
   target: Target,
   netns: number,
-): AttachmentRecord {
+): Steps<AttachmentRecord> {
   const old = native.getAttachment(state, target.key);
-  if (old !== null && old.state !== 'recorded') detachRecord(native, config, state, target.key, old);
+  if (old !== null && old.state !== 'recorded') yield* detachRecordSteps(native, config, state, target.key, old);
   const link = native.linkByName(netns, target.ifname);
   const hostIfindex = link?.kind === 'veth' ? link.peerIfindex : 0;
   removeDeadProxies(native, state, config.runDir);
@@ -352,9 +363,9 @@ function keepNature(native: Native, target: Target, plan: AttachPlan, previous: 
 }
 
 /** What an earlier ADD of this key, or of a pod whose host-side index this one has now, left. */
-function removeOld(native: Native, config: RedirectConfig, state: State, target: Target, id: number): void {
+function* removeOld(native: Native, config: RedirectConfig, state: State, target: Target, id: number): Steps<void> {
   const old = native.getAttachment(state, target.key);
-  if (old !== null) detachRecord(native, config, state, target.key, old);
+  if (old !== null) yield* detachRecordSteps(native, config, state, target.key, old);
   else removePins(native, config.stateDir, target.key);
   detachHolders(native, config, state, id);
 }
@@ -555,7 +566,7 @@ function livingHolder(native: Native, state: State, address: Address, own: numbe
   }
 }
 
-function attachHook(attachment: Attachment, hook: PlannedHook): void {
+function* attachHook(attachment: Attachment, hook: PlannedHook): Steps<void> {
   const { native, config, record, facts } = attachment;
   if (hook.device === 'netns') {
     attachLookup(attachment, hook);
@@ -568,7 +579,7 @@ function attachHook(attachment: Attachment, hook: PlannedHook): void {
   try {
     program = openHookProgram(attachment, hook);
     const programId = native.programInfo(program).id;
-    if (config.hook === 'clsact' || !attachTcx(attachment, hook, program, programId)) {
+    if (config.hook === 'clsact' || !(yield* attachTcx(attachment, hook, program, programId))) {
       attachFilter(attachment, hook, program, programId, step);
     }
   } catch (error) {
@@ -625,7 +636,7 @@ function attachLookup(attachment: Attachment, hook: PlannedHook): void {
 }
 
 /** false: this kernel has no TCX (before 6.6), and the configuration leaves the choice. */
-function attachTcx(attachment: Attachment, hook: PlannedHook, program: number, programId: number): boolean {
+function* attachTcx(attachment: Attachment, hook: PlannedHook, program: number, programId: number): Steps<boolean> {
   const { native, config, target, netns, undo, previous } = attachment;
   const pin = linkPin(config.stateDir, target.key, hook.program);
   const old = previous?.hooks.find(({ program: name }) => name === hook.program);
@@ -640,7 +651,11 @@ function attachTcx(attachment: Attachment, hook: PlannedHook, program: number, p
   // Its pin may have been left by a link that is dead.
   if (link !== null) native.detachLink(pin);
   try {
-    native.attachTcx(netnsOf(hook, netns), hook.ifindex, hook.direction, program, config.order, pin);
+    const call = [netnsOf(hook, netns), hook.ifindex, hook.direction, program, config.order, pin] as const;
+    yield* wait(
+      () => native.attachTcx(...call),
+      () => native.attachTcxAside(...call),
+    );
   } catch (error) {
     // EINVAL is what an older kernel says to an attach type that it does not know.
     if (config.hook === 'auto' && hasCode(error, 'EINVAL', 'EOPNOTSUPP') && !native.features().tcx) return false;
@@ -828,10 +843,20 @@ function announceProxy(attachment: Attachment): void {
  * directories that runDir knows too, because "stateDir" may have been edited since ADD.
  */
 export function detach(native: Native, dirs: Directories, key: AttachmentKey): boolean {
-  return beside(native, dirs.runDir, () => detachBeside(native, dirs, key));
+  return runHere(detachSteps(native, dirs, key));
 }
 
-function detachBeside(native: Native, dirs: Directories, key: AttachmentKey): boolean {
+/** What detach() does. */
+export function* detachSteps(native: Native, dirs: Directories, key: AttachmentKey): Steps<boolean> {
+  const leave = enterBeside(native, dirs.runDir);
+  try {
+    return yield* detachBeside(native, dirs, key);
+  } finally {
+    leave();
+  }
+}
+
+function* detachBeside(native: Native, dirs: Directories, key: AttachmentKey): Steps<boolean> {
   let found = false;
   for (const stateDir of new Set([dirs.stateDir, ...knownStateDirs(dirs.runDir)])) {
     const state = openState(native, stateDir);
@@ -839,7 +864,7 @@ function detachBeside(native: Native, dirs: Directories, key: AttachmentKey): bo
     try {
       removeDeadProxies(native, state, dirs.runDir);
       const record = native.getAttachment(state, key);
-      if (record !== null) detachRecord(native, { ...dirs, stateDir }, state, key, record);
+      if (record !== null) yield* detachRecordSteps(native, { ...dirs, stateDir }, state, key, record);
       found = removePins(native, stateDir, key) || record !== null || found;
     } catch (error) {
       throw stepError(Code.STATE_FAILED, `remove the attachment from ${stateDir}`, error);
@@ -858,11 +883,27 @@ export function detachRecord(
   key: AttachmentKey,
   record: AttachmentRecord,
 ): void {
+  runHere(detachRecordSteps(native, dirs, state, key, record));
+}
+
+/** What detachRecord() does. */
+export function* detachRecordSteps(
+  native: Native,
+  dirs: Directories,
+  state: State,
+  key: AttachmentKey,
+  record: AttachmentRecord,
+): Steps<void> {
   // Nothing is sent to a proxy that is about to lose its program.
   if (record.role === 'proxy') removeProxy(native, state, dirs.runDir, key);
   for (const hook of record.hooks) {
-    if (hook.kind !== 'clsact') native.detachLink(linkPin(dirs.stateDir, key, hook.program));
-    else if (!hook.inNetns && isSameHostLink(native, record)) removeFilter(native, HOST, hook);
+    const pin = linkPin(dirs.stateDir, key, hook.program);
+    if (hook.kind !== 'clsact') {
+      yield* wait(
+        () => native.detachLink(pin),
+        () => native.detachLinkAside(pin),
+      );
+    } else if (!hook.inNetns && isSameHostLink(native, record)) removeFilter(native, HOST, hook);
   }
   if (isLooping(record)) inOwnNetns(native, record, (netns) => leaveNetns(native, state, netns, key, record));
   removePins(native, dirs.stateDir, key);
@@ -877,9 +918,12 @@ function isLooping({ role, contract }: AttachmentRecord): boolean {
 }
 
 interface InterfaceSetting {
-  name: string;
+  /** the sysctl, of a record's interface */
+  name: (ifname: string) => string;
   /** INTERFACE_*: it was off, so it is set by ADD and reset by DEL */
   bit: number;
+  /** of the whole namespace: other interfaces of the pod stand on it too */
+  shared: boolean;
   read: (netns: number, ifindex: number) => boolean;
   set: (netns: number, ifindex: number, on: boolean) => void;
   needed: (role: Target['role'], contract: AttachmentRecord['contract'], dnsCapture: boolean) => boolean;
@@ -890,19 +934,32 @@ function interfaceSettings(native: Native): InterfaceSetting[] {
     {
       // A looped packet comes in with the pod's own source address, and the proxy may send to a flow of its own: a pod
       // that asks for the proxy's address, ztunnel's second leg. IPv4 refuses that; IPv6 does not.
-      name: 'accept_local',
+      name: (ifname) => `conf.${ifname}.accept_local`,
       bit: native.flags.INTERFACE_ACCEPT_LOCAL ?? 0,
+      shared: false,
       read: (netns, ifindex) => native.acceptLocal(netns, ifindex),
       set: (netns, ifindex, on) => native.setAcceptLocal(netns, ifindex, on),
       needed: (role, contract) => role === 'proxy' || contract === 'in-pod',
     },
     {
       // ztunnel's DNS listener is at 127.0.0.1: queries come in for it by the pod's interface, answers go out by it.
-      name: 'route_localnet',
+      name: (ifname) => `conf.${ifname}.route_localnet`,
       bit: native.flags.INTERFACE_ROUTE_LOCALNET ?? 0,
+      shared: false,
       read: (netns, ifindex) => native.routeLocalnet(netns, ifindex),
       set: (netns, ifindex, on) => native.setRouteLocalnet(netns, ifindex, on),
       needed: (_role, contract, dnsCapture) => contract === 'in-pod' && dnsCapture,
+    },
+    {
+      // Two ztunnels listen in the pod while one takes the other's place. A listener that goes resets what its process
+      // has not accepted yet, unless the kernel may hand it to the other one.
+      name: () => 'tcp_migrate_req',
+      bit: native.flags.INTERFACE_MIGRATE_REQUESTS ?? 0,
+      shared: true,
+      // A kernel without it is as good as it can be.
+      read: (netns) => native.migrateRequests(netns) ?? true,
+      set: (netns, _ifindex, on) => native.setMigrateRequests(netns, on),
+      needed: (_role, contract) => contract === 'in-pod',
     },
   ];
 }
@@ -916,23 +973,29 @@ function leaveNetns(native: Native, state: State, netns: number, key: Attachment
   for (const hook of record.hooks) {
     if (hook.kind === 'clsact' && hook.inNetns) removeFilter(native, netns, hook);
   }
-  if (native.linkByIndex(netns, record.podIfindex) !== null) {
-    for (const { bit, set } of interfaceSettings(native)) {
-      if ((record.flags & bit) !== 0) set(netns, record.podIfindex, false);
-    }
-  }
   if ((record.flags & (native.flags.INTERFACE_TPROXY ?? 0)) !== 0) deleteTproxy(netns);
-  // Another interface of the same pod loops by them too.
-  const shared = native
+  // Another interface of the same pod loops by the same rules and routes, and in the same namespace.
+  const sharer = native
     .listAttachments(state)
-    .some(
+    .find(
       (other) =>
         hex(other.key) !== hex(key) &&
         isLooping(other.record) &&
         other.record.netns.dev === record.netns.dev &&
         other.record.netns.ino === record.netns.ino,
     );
-  if (shared) return;
+  const there = native.linkByIndex(netns, record.podIfindex) !== null;
+  for (const { bit, shared, set } of interfaceSettings(native)) {
+    if ((record.flags & bit) === 0) continue;
+    if (shared && sharer !== undefined) {
+      // From now on it is that one's to be reset.
+      sharer.record.flags |= bit;
+      native.putAttachment(state, sharer.key, sharer.record);
+    } else if (shared || there) {
+      set(netns, record.podIfindex, false);
+    }
+  }
+  if (sharer !== undefined) return;
   const { tproxy } = native.settings(state).marks;
   for (const family of [4, 6] as const) {
     native.deleteRule(netns, {
@@ -1269,7 +1332,7 @@ function verifyNetns(native: Native, state: State, record: AttachmentRecord, fin
     }
     for (const { name, bit, read } of interfaceSettings(native)) {
       if ((record.flags & bit) === 0 || read(netns, record.podIfindex)) continue;
-      mismatch('sysctl', `net.ipv4.conf.${record.ifname}.${name} in ${record.netnsPath}`, '1', '0');
+      mismatch('sysctl', `net.ipv4.${name(record.ifname)} in ${record.netnsPath}`, '1', '0');
     }
   });
 }

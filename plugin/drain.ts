@@ -5,9 +5,10 @@
 import { mkdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { hex } from './attachments.ts';
-import { detachRecord, inOwnNetns } from './datapath.ts';
+import { detachRecordSteps, inOwnNetns } from './datapath.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from './native.ts';
 import { beside, type Directories, openState } from './state.ts';
+import { runHere, type Steps } from './steps.ts';
 
 /**
  * A SYN that was redirected the moment before is no socket of the proxy's yet: whoever looks for sockets at once finds
@@ -78,7 +79,17 @@ export function endDrain(
   key: AttachmentKey,
   record: AttachmentRecord,
 ): void {
-  detachRecord(native, dirs, state, key, record);
+  runHere(endDrainSteps(native, dirs, state, key, record));
+}
+
+export function* endDrainSteps(
+  native: Native,
+  dirs: Directories,
+  state: State,
+  key: AttachmentKey,
+  record: AttachmentRecord,
+): Steps<void> {
+  yield* detachRecordSteps(native, dirs, state, key, record);
   inOwnNetns(native, record, () => {
     native.putAttachment(state, key, {
       ...record,

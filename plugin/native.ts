@@ -368,6 +368,13 @@ export interface Native {
   /** net.ipv4.conf.DEVICE.route_localnet: 127/8 may come in and go out by it */
   routeLocalnet(netns: number, ifindex: number): boolean;
   setRouteLocalnet(netns: number, ifindex: number, on: boolean): void;
+  /**
+   * net.ipv4.tcp_migrate_req of the whole namespace: connections that wait for a listener which goes are handed to
+   * another one of its SO_REUSEPORT group instead of being reset. null: the kernel is older than 5.14.
+   */
+  migrateRequests(netns: number): boolean | null;
+  /** Throws ENOENT where migrateRequests() is null. */
+  setMigrateRequests(netns: number, on: boolean): void;
   qdiscs(netns: number, ifindex: number): Qdisc[];
 
   // --- routing in the proxy's netns; existing identical entries are not an error (returns false) -----------------
@@ -507,6 +514,18 @@ export interface Native {
     order: 'first' | 'last',
     pinPath: string,
   ): { linkId: number };
+  /**
+   * The same on another thread, for the agent: both wait for an RCU grace period. The descriptors must stay open until it
+   * settles; only arguments throw.
+   */
+  attachTcxAside(
+    netns: number,
+    ifindex: number,
+    direction: Direction,
+    programFd: number,
+    order: 'first' | 'last',
+    pinPath: string,
+  ): Promise<{ linkId: number }>;
   /** BPF_LINK_CREATE of a socket lookup program for a namespace, and BPF_OBJ_PIN. EINVAL below 5.9 */
   attachLookup(netns: number, programFd: number, pinPath: string): { linkId: number };
   queryTcx(netns: number, ifindex: number, direction: Direction): TcxEntry[];
@@ -516,6 +535,8 @@ export interface Native {
   updateLink(pinPath: string, programFd: number): void;
   /** BPF_LINK_DETACH (tolerates a dead device) and unlink; false if the pin is absent */
   detachLink(pinPath: string): boolean;
+  /** on another thread */
+  detachLinkAside(pinPath: string): Promise<boolean>;
   /** RTM_NEWQDISC clsact; false if a clsact is there; EBUSY with kernelMessage when an ingress qdisc holds the place */
   addClsact(netns: number, ifindex: number): boolean;
   filters(netns: number, ifindex: number, direction: Direction): TcFilter[];

@@ -63,6 +63,16 @@ export function locked<T>(native: Native, runDir: string, body: () => T): T {
  * none, none is under way. Throws CniError 103 when one goes on for too long.
  */
 export function beside<T>(native: Native, runDir: string, body: () => T): T {
+  const leave = enterBeside(native, runDir);
+  try {
+    return body();
+  } finally {
+    leave();
+  }
+}
+
+/** The same for what is not done in one go: until the function that it returns is called. */
+export function enterBeside(native: Native, runDir: string): () => void {
   let fd: number | undefined;
   const path = migrationLock(runDir);
   try {
@@ -70,11 +80,9 @@ export function beside<T>(native: Native, runDir: string, body: () => T): T {
   } catch (error) {
     if (!hasCode(error, 'ENOENT')) throw stepError(Code.STATE_FAILED, `lock ${path}`, error);
   }
-  try {
-    return body();
-  } finally {
+  return () => {
     if (fd !== undefined) native.close(fd);
-  }
+  };
 }
 
 /** Runs `body` while nobody is in beside(). Throws CniError 103. */

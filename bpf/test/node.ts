@@ -12,6 +12,7 @@
 // the server's (an accepted one) or the client's (an upstream one).
 
 import { type ChildProcess, spawn } from 'node:child_process';
+import { rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { expect } from 'vitest';
 import { Endpoint } from '../../conformance/e2e/endpoint.ts';
@@ -307,6 +308,10 @@ export class Node {
     this.testbed.close();
   }
 
+  get lastPort(): number {
+    return this.#port;
+  }
+
   /** A port that no other test uses. */
   port(): number {
     this.#port += 1;
@@ -403,13 +408,85 @@ export function ifindexOf(namespace: Namespace, ifname: string): number {
   return index;
 }
 
-/** The programs of one state directory, and the maps they read. */
-export class Datapath {
-  readonly node: Node;
+/** A state directory with its programs, pinned below `parent`. */
+export class Loaded {
+  readonly native: Native;
   readonly state: State;
-  readonly sign: Uint8Array;
   readonly directory: string;
   readonly tag: string;
+  #replaced: { tag: string; programs: readonly string[] } | undefined;
+
+  constructor(native: Native, parent: string, tag: string, variant: number, directFlowsPerPod: number) {
+    this.native = native;
+    this.tag = tag;
+    this.directory = join(parent, tag);
+    native.makeDirectory(this.directory, 0o700);
+    native.createState(this.directory, { maxPods: 16, maxFlows: 4096, directFlowsPerPod, marks: MARKS, variant });
+    this.state = native.openState(this.directory);
+    native.loadPrograms(this.state, this.directory, tag);
+  }
+
+  /** Where a program is pinned. */
+  pathOf(program: ProgramName): string {
+    const tag = this.#replaced?.programs.includes(program) ? this.#replaced.tag : this.tag;
+    return join(this.directory, 'programs', tag, program);
+  }
+
+  /** Loads the programs again, as they are now, and runs these of them from then on. Stubs go on to the first ones. */
+  replace(tag: string, programs: readonly string[]): void {
+    this.native.loadIdlePrograms(this.state, this.directory, tag);
+    this.#replaced = { tag, programs };
+  }
+
+  /** What was counted for a device; 0 stands for proxy_ingress. */
+  counters(ifindex: number): Omit<Counter, 'ifindex'>[] {
+    return this.native
+      .counters(this.state)
+      .filter((counter) => counter.ifindex === ifindex)
+      .map(({ program, reason, packets, bytes }) => ({ program, reason, packets, bytes }));
+  }
+
+  /** What a program made of `frame`, and that exactly one packet was counted for `ifindex`, for that reason. */
+  expectOutcome(
+    program: ProgramName,
+    ifindex: number,
+    frame: Uint8Array,
+    result: TestRunResult,
+    outcome: Outcome,
+    mark: number,
+  ): void {
+    const { reason, destination, source } = outcome;
+    const left = outcome.frame ?? frame;
+    const bytes = BigInt(left.length);
+    expect({
+      verdict: result.verdict,
+      counters: this.counters(ifindex),
+      destination: macText(result.packet.subarray(0, 6)),
+      source: macText(result.packet.subarray(6, 12)),
+      rest: Buffer.from(result.packet.subarray(12)).toString('hex'),
+      mark: result.mark,
+    }).toEqual({
+      verdict: outcome.verdict,
+      counters: reason === null ? [] : [{ program, reason, packets: 1n, bytes }],
+      destination: destination ?? macText(left.subarray(0, 6)),
+      source: source ?? macText(left.subarray(6, 12)),
+      rest: Buffer.from(left.subarray(12)).toString('hex'),
+      mark: outcome.mark ?? mark,
+    });
+  }
+
+  /** Forgets what replace() loaded. */
+  restore(): void {
+    if (this.#replaced === undefined) return;
+    rmSync(join(this.directory, 'programs', this.#replaced.tag), { recursive: true });
+    this.#replaced = undefined;
+  }
+}
+
+/** The programs of one state directory, and the maps they read. */
+export class Datapath extends Loaded {
+  readonly node: Node;
+  readonly sign: Uint8Array;
   /** "program reason" of every packet counted so far. */
   readonly seen: Set<string>;
 
@@ -422,22 +499,11 @@ export class Datapath {
     directFlowsPerPod = DIRECT_FLOWS,
   ) {
     const { native } = node;
+    const variantBits = bits(native, 'VARIANT_', variant);
+    super(native, node.bpffs, `${label}-${variantBits}`, variantBits, directFlowsPerPod);
     this.node = node;
     this.seen = seen;
-    const variantBits = bits(native, 'VARIANT_', variant);
-    this.tag = `${label}-${variantBits}`;
-    this.directory = join(node.bpffs, this.tag);
-    native.makeDirectory(this.directory, 0o700);
-    native.createState(this.directory, {
-      maxPods: 16,
-      maxFlows: 4096,
-      directFlowsPerPod,
-      marks: MARKS,
-      variant: variantBits,
-    });
-    this.state = native.openState(this.directory);
     this.sign = native.settings(this.state).sign;
-    native.loadPrograms(this.state, this.directory, this.tag);
   }
 
   /** Everything as at the beginning of most tests: the pod enrolled, a second one too, the old proxy listening. */
@@ -558,7 +624,7 @@ export class Datapath {
   run(program: ProgramName, frame: Uint8Array, skb: SkbFields = {}): Promise<TestRunResult> {
     const runner = program === 'proxy_ingress' ? this.node.inOld : this.node.runner;
     return runner.testRun({
-      path: join(this.directory, 'programs', this.tag, program),
+      path: this.pathOf(program),
       packet: frame,
       skb: {
         mark: skb.mark ?? FOREIGN_MARK,
@@ -574,34 +640,8 @@ export class Datapath {
     const counted = program === 'proxy_ingress' ? 0 : (skb.ifindex ?? this.#device(program));
     this.node.native.deleteCounters(this.state, counted);
     const result = await this.run(program, frame, skb);
-    const counters = this.counters(counted);
-    for (const { program, reason } of counters) this.seen.add(`${program} ${reason}`);
-    const { reason, destination, source } = outcome;
-    const left = outcome.frame ?? frame;
-    const bytes = BigInt(left.length);
-    expect({
-      verdict: result.verdict,
-      counters,
-      destination: macText(result.packet.subarray(0, 6)),
-      source: macText(result.packet.subarray(6, 12)),
-      rest: Buffer.from(result.packet.subarray(12)).toString('hex'),
-      mark: result.mark,
-    }).toEqual({
-      verdict: outcome.verdict,
-      counters: reason === null ? [] : [{ program, reason, packets: 1n, bytes }],
-      destination: destination ?? macText(left.subarray(0, 6)),
-      source: source ?? macText(left.subarray(6, 12)),
-      rest: Buffer.from(left.subarray(12)).toString('hex'),
-      mark: outcome.mark ?? skb.mark ?? FOREIGN_MARK,
-    });
-  }
-
-  /** What was counted for a device; 0 stands for proxy_ingress. */
-  counters(ifindex: number): Omit<Counter, 'ifindex'>[] {
-    return this.node.native
-      .counters(this.state)
-      .filter((counter) => counter.ifindex === ifindex)
-      .map(({ program, reason, packets, bytes }) => ({ program, reason, packets, bytes }));
+    for (const { program, reason } of this.counters(counted)) this.seen.add(`${program} ${reason}`);
+    this.expectOutcome(program, counted, frame, result, outcome, skb.mark ?? FOREIGN_MARK);
   }
 
   #device(program: ProgramName): number {

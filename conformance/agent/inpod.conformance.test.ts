@@ -369,6 +369,33 @@ describe('restarts', () => {
     expect(second.state.served).toContain('uid-third');
   });
 
+  test.each(families)(
+    'IPv%i: connections that wait for a ztunnel which dies are served by the one beside it',
+    async (family) => {
+      open();
+      await site.agent();
+      const first = await site.ztunnel();
+      const [client, server] = [enrolled('client'), enrolled('server')];
+      await start(client, server);
+      await server.endpoint.listen(APP);
+      const second = await site.ztunnel();
+      await second.until('it serves both', ({ served }) => served.length === 2);
+      const seen = await capture(client);
+      // It accepts nothing any more, and its listeners still complete handshakes.
+      first.process.kill('SIGSTOP');
+      const many = client.endpoint.many(server.addresses[family], APP, 40, 20_000);
+      const taken = () => second.seen.filter(({ listener }) => listener === 'outbound').length;
+      await until('the client has all its connections', () => {
+        const found = client.netns.run(['ss', '-Htn', 'state', 'established', `( dport = :${APP} )`]);
+        return found.trim().split('\n').length >= 40;
+      });
+      expect(taken()).toBeLessThan(40);
+      first.process.kill('SIGKILL');
+      expect(await many).toMatchObject({ answered: 40, failures: {} });
+      expect(seen.packets(AROUND)).toEqual([]);
+    },
+  );
+
   test(
     'kill -9 of the agent while pods come and go: state, ztunnel and kernel agree, and nothing went around',
     async () => {

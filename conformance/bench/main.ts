@@ -3,11 +3,13 @@
 // npm run bench -- publish [DIRECTORY]
 // npm run bench -- add [--rounds N] [--attachments 1,1000]
 // npm run bench -- agent [--pods 1000]
+// npm run bench -- compare EXECUTABLE [--rounds N] [--instructions]
 
 import { parseArgs } from 'node:util';
 import { missingControlPlane } from '../kubernetes/build.ts';
 import { benchAdd } from './add.ts';
 import { benchAgent } from './agent.ts';
+import { compareInstructions, comparePackets, compareReport } from './compare.ts';
 import { benchEnrolment, enrolmentReport } from './enrolment.ts';
 import { peer } from './programs.ts';
 import { addReport, report } from './report.ts';
@@ -22,6 +24,9 @@ const USAGE = `usage: npm run bench -- [--quick | --full] [--only TEXT] [--resum
        npm run bench -- publish [DIRECTORY of a result]
        npm run bench -- add [--rounds N] [--attachments N,N]
        npm run bench -- agent [--pods N]
+       npm run bench -- compare EXECUTABLE [--rounds N] [--instructions]
+                     the programs of this checkout and of another build, by turns; --instructions counts what is
+                     executed for a packet, in an emulated machine
 `;
 
 function refuse(): never {
@@ -41,6 +46,8 @@ const { values, positionals } = (() => {
         publish: { type: 'boolean', default: false },
         rounds: { type: 'string', default: '30' },
         attachments: { type: 'string', default: '1,1000' },
+        instructions: { type: 'boolean', default: false },
+        inside: { type: 'boolean', default: false },
         pods: { type: 'string', default: '1000' },
       },
     });
@@ -49,8 +56,24 @@ const { values, positionals } = (() => {
   }
 })();
 const [what, ...more] = positionals;
-if (more.length > (what === 'publish' ? 1 : 0) || (values.quick && values.full)) refuse();
+if (more.length > (what === 'publish' || what === 'compare' ? 1 : 0) || (values.quick && values.full)) refuse();
 if (values.publish && (values.quick || values.only !== undefined)) refuse();
+
+async function compare(other: string): Promise<void> {
+  const note = (text: string) => process.stderr.write(`${text}\n`);
+  const rounds = Number(values.rounds);
+  if (!(rounds > 0)) refuse();
+  if (values.inside) {
+    const counted = await comparePackets({ other, rounds: 2, repeat: 1000, prefix: [], note });
+    process.stdout.write(JSON.stringify(counted));
+  } else if (values.instructions) {
+    process.stdout.write(compareReport(await compareInstructions(other), 'instructions'));
+  } else {
+    // Nobody else's time slice falls into a run.
+    const prefix = ['chrt', '-f', '20', 'taskset', '-c', '1'];
+    process.stdout.write(compareReport(await comparePackets({ other, rounds, repeat: 5000, prefix, note }), 'ns'));
+  }
+}
 
 async function main(): Promise<void> {
   if (what === 'add') {
@@ -86,6 +109,8 @@ async function main(): Promise<void> {
     process.stderr.write(`results, tables and plots: ${directory}\n`);
     if (values.publish) process.stderr.write(`written: ${(await publish(result)).join(', ')}\n`);
     if (result.runs.some((run) => run.invalid !== undefined)) process.exitCode = 1;
+  } else if (what === 'compare') {
+    await compare(more[0] ?? refuse());
   } else if (what === 'publish') {
     process.stderr.write(`written: ${(await publish(finished(more[0]).result)).join(', ')}\n`);
   } else {

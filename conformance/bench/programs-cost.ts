@@ -5,18 +5,19 @@
 // with trace off and on. Instructions are the program's size after verification: the machine's counters would say how
 // many are executed, where it has them.
 
-import { readdirSync, statSync, writeFileSync } from 'node:fs';
+import { readdirSync } from 'node:fs';
 import { join } from 'node:path';
-import { ACK, SYN, tcpFrame } from '../../bpf/test/frames.ts';
-import { counters, increases, sign } from '../e2e/counters.ts';
-import { executable, type Family, families } from '../e2e/topology.ts';
-import { must, type Namespace, type Running, until } from '../netns.ts';
+import { counters, increases } from '../e2e/counters.ts';
+import { executable, type Family } from '../e2e/topology.ts';
+import { must, type Running, until } from '../netns.ts';
 import { iperfLoad, type Load, type Programs, rrLoad, wrkLoad } from './load.ts';
+import { type Case, type ProgramRow, packetCases, programOf, programsIn, testRun } from './packets.ts';
 import { generator, type Summary, shuffled, summary } from './statistics.ts';
-import { type Mode, modeNamed, PORTS, World } from './world.ts';
+import { type Mode, modeNamed, World } from './world.ts';
 
 /** Few enough that all events of a traced run fit into the ring buffer. */
 const REPEAT = 5000;
+const TC_ACT_UNSPEC = -1;
 
 export interface PacketCost {
   program: string;
@@ -51,28 +52,6 @@ export interface ProgramCosts {
   loads: LoadCost[];
   /** What did not go as it should have. */
   invalid: string[];
-}
-
-interface ProgramRow {
-  name: string;
-  run_time_ns?: number;
-  run_cnt?: number;
-  bytes_xlated: number;
-  bytes_jited: number;
-}
-
-/** Every program of a state directory, by name. */
-function programsIn(stateDir: string): Map<string, { path: string; row: ProgramRow }> {
-  const builds = join(stateDir, 'programs');
-  const paths = readdirSync(builds).flatMap((tag) =>
-    readdirSync(join(builds, tag)).map((name) => join(builds, tag, name)),
-  );
-  return new Map(
-    paths.map((path) => {
-      const row = JSON.parse(must(['bpftool', '-j', 'prog', 'show', 'pinned', path])) as ProgramRow;
-      return [row.name, { path, row }];
-    }),
-  );
 }
 
 interface RunTime {
@@ -113,153 +92,14 @@ export function runTimes(stateDir: string): number {
   return [...runTimesByName(stateDir).values()].reduce((sum, { ns }) => sum + ns, 0);
 }
 
-/** struct __sk_buff as BPF_PROG_TEST_RUN takes it: mark, ingress_ifindex and ifindex, the rest zero. */
-function skb(ifindex: number, mark = 0): Buffer {
-  const context = Buffer.alloc(192);
-  context.writeUInt32LE(mark, 8);
-  context.writeUInt32LE(ifindex, 36);
-  context.writeUInt32LE(ifindex, 40);
-  return context;
-}
-
-interface Case {
-  program: string;
-  packet: string;
-  reason: string;
-  family: Family;
-  namespace: Namespace;
-  ifindex: number;
-  frame: Uint8Array;
-  mark?: number;
-}
-
-/** Packets of a connection that is open from `port` of the client to the echo server, and of one that begins. */
-function cases(world: World, family: Family, port: number): Case[] {
-  const { topology, client, server, proxy } = world;
-  if (proxy === undefined) throw new Error('the mode has no shared proxy');
-  const from = { address: client.addresses[family], port };
-  const to = { address: server.addresses[family], port: PORTS.echo };
-  const payload = Buffer.alloc(100);
-  const mac = (last: number) =>
-    [...sign(topology.stateDir), last].map((byte) => byte.toString(16).padStart(2, '0')).join(':');
-  const sent = { source: client.mac, destination: client.gatewayMac };
-  const answered = { source: proxy.mac, destination: proxy.gatewayMac };
-  const node = topology.node;
-  const eth0 = JSON.parse(proxy.netns.ip('-j', 'link', 'show', 'dev', 'eth0')) as { ifindex: number }[];
-  const inside = { namespace: proxy.netns, ifindex: eth0[0]?.ifindex ?? 0 };
-  return [
-    {
-      program: 'pod_egress',
-      packet: 'data of a pod',
-      reason: 'to_proxy_established',
-      family,
-      namespace: node,
-      ifindex: client.hostIfindex,
-      frame: tcpFrame(sent, from, to, { flags: ACK, payload }),
-    },
-    {
-      program: 'pod_egress',
-      packet: 'SYN of a pod',
-      reason: 'redirected_outbound',
-      family,
-      namespace: node,
-      ifindex: client.hostIfindex,
-      frame: tcpFrame(sent, { ...from, port: 1024 }, to, { flags: SYN }),
-    },
-    {
-      program: 'proxy_egress',
-      packet: 'data of the proxy to a local pod',
-      reason: 'from_proxy_local',
-      family,
-      namespace: node,
-      ifindex: proxy.hostIfindex,
-      frame: tcpFrame(answered, to, from, { flags: ACK, payload }),
-    },
-    {
-      program: 'proxy_ingress',
-      packet: 'data of a pod',
-      reason: 'proxy_delivered',
-      family,
-      ...inside,
-      // SIGN_ESTABLISHED of redirect.h.
-      frame: tcpFrame({ source: mac(3), destination: proxy.mac }, from, to, { flags: ACK, payload }),
-    },
-  ];
-}
-
-/** `marks.tproxy` of the settings, which looped packets carry inside a pod. */
-const MARK_TPROXY = 0x1043;
-
-/** The same inside the client's pod: `port` is the application's, and its proxy has gone on from `onward`. */
-function inPodCases(world: World, family: Family, port: number, onward: number): Case[] {
-  const { client, server } = world;
-  const app = { address: client.addresses[family], port };
-  const proxy = { address: client.addresses[family], port: onward };
-  const to = { address: server.addresses[family], port: PORTS.echo };
-  const payload = Buffer.alloc(100);
-  const links = JSON.parse(client.netns.ip('-j', 'link', 'show', 'dev', 'eth0')) as { ifindex: number }[];
-  const inside = { family, namespace: client.netns, ifindex: links[0]?.ifindex ?? 0 };
-  const data = { flags: ACK, payload };
-  return [
-    {
-      ...inside,
-      program: 'inpod_egress',
-      packet: 'data of the app',
-      reason: 'to_proxy_established',
-      frame: tcpFrame({ source: client.mac, destination: client.gatewayMac }, app, to, data),
-    },
-    {
-      ...inside,
-      program: 'inpod_ingress',
-      packet: 'the same, looped',
-      reason: 'proxy_delivered',
-      mark: MARK_TPROXY,
-      frame: tcpFrame({ source: client.mac, destination: client.mac }, app, to, data),
-    },
-    {
-      ...inside,
-      program: 'inpod_ingress',
-      packet: 'data to the proxy, from the wire',
-      reason: 'to_proxy_established',
-      frame: tcpFrame({ source: client.gatewayMac, destination: client.mac }, to, proxy, data),
-    },
-  ];
-}
-
-/**
- * How bpftool is to find a program: a shared one by its pin, an in-pod one by the link of the client's attachment, which
- * has a stub of its own before it. The attachment is told by its link to the namespace.
- */
-function programOf({ topology: { stateDir }, client }: World, name: string): string[] {
-  if (!name.startsWith('inpod_')) return ['pinned', programsIn(stateDir).get(name)?.path ?? name];
-  const { ino } = statSync(client.netns.path);
-  const links = join(stateDir, 'links');
-  const show = (key: string, link: string) =>
-    JSON.parse(must(['bpftool', '-j', 'link', 'show', 'pinned', join(links, key, link)])) as {
-      prog_id: number;
-      netns_ino?: number;
-    };
-  const key = readdirSync(links).find((one) => show(one, 'inpod_lookup').netns_ino === ino);
-  if (key === undefined) throw new Error(`no attachment in ${client.netns.name}`);
-  return ['id', `${show(key, name).prog_id}`];
-}
-
 /** Nanoseconds per packet; throws if not every packet was judged as it should be. */
-function testRun(world: World, one: Case, program: readonly string[]): number {
-  const directory = world.directory;
-  const [frame, context] = [join(directory, 'frame'), join(directory, 'skb')];
-  writeFileSync(frame, one.frame);
-  writeFileSync(context, skb(one.ifindex, one.mark));
+function judgedRun(world: World, one: Case, program: readonly string[]): number {
   const before = counters(world.topology.stateDir);
-  const options = ['data_in', frame, 'ctx_in', context, 'repeat', `${REPEAT}`];
-  const output = one.namespace.run(['bpftool', 'prog', 'run', ...program, ...options]);
+  const { ns, verdict } = testRun(world, one, program, REPEAT);
   const counted = increases(before, counters(world.topology.stateDir));
-  if (counted[`${one.program} ${one.reason}`] !== REPEAT) {
-    throw new Error(`${one.program}, ${one.packet}: ${REPEAT} runs counted as ${JSON.stringify(counted)}`);
-  }
-  const ns = /duration \(average\): (\d+)ns/.exec(output)?.[1];
-  if (ns === undefined) throw new Error(`bpftool prog run: ${output.trim().slice(-200)}`);
-  return Number(ns);
+  const right = one.reason === null ? verdict === TC_ACT_UNSPEC : counted[`${one.program} ${one.reason}`] === REPEAT;
+  if (!right) throw new Error(`${one.program}, ${one.packet}: ${REPEAT} runs counted as ${JSON.stringify(counted)}`);
+  return ns;
 }
 
 /** `ambient-redirect trace` with nobody who reads its lines. */
@@ -308,29 +148,7 @@ async function traced<T>(world: World, on: boolean, body: () => Promise<T> | T):
 }
 
 async function packetCosts(world: World, programs: Programs, rounds: number, invalid: string[]): Promise<PacketCost[]> {
-  const all: Case[] = [];
-  for (const family of families) {
-    const { address, port } = world.target(PORTS.echo, family);
-    world.topology.testbed.start(world.clientCommand([programs.peer, 'hold', address, `${port}`, '1', '0', '3600000']));
-    const { client, proxy } = world;
-    // The application's port, and inside a pod its proxy's, which alone has nobody opposite in the same namespace.
-    let ends: number[] = [];
-    await until(`a connection to ${address}`, () => {
-      const table = client.netns.run(['ss', `-${family}Htn`, 'state', 'established', 'dport', '=', `:${port}`]);
-      ends = [...table.matchAll(/:(\d+)\s+\S+:\d+\s*$/gm)].map(([, end]) => Number(end));
-      return ends.length === (proxy === undefined ? 2 : 1);
-    });
-    if (proxy !== undefined) {
-      all.push(...cases(world, family, ends[0] ?? 0));
-      continue;
-    }
-    const opposite = client.netns.run(['ss', '-Htn', 'state', 'established', 'sport', '=', `:${port}`]);
-    const [app, onward] = [true, false].map((wanted) =>
-      ends.find((end) => new RegExp(`:${end}\\s*$`, 'm').test(opposite) === wanted),
-    );
-    if (app === undefined || onward === undefined) throw new Error(`cannot tell the ends of ${opposite}`);
-    all.push(...inPodCases(world, family, app, onward));
-  }
+  const all = await packetCases(world, programs);
   const programOfCase = new Map(all.map(({ program }) => [program, programOf(world, program)]));
   const figures = new Map<string, { one: Case; trace: boolean; ns: number[] }>();
   const random = generator(rounds);
@@ -342,7 +160,7 @@ async function packetCosts(world: World, programs: Programs, rounds: number, inv
           const entry = figures.get(key) ?? { one, trace, ns: [] };
           figures.set(key, entry);
           try {
-            entry.ns.push(testRun(world, one, programOfCase.get(one.program) ?? []));
+            entry.ns.push(judgedRun(world, one, programOfCase.get(one.program) ?? []));
           } catch (error) {
             invalid.push(error instanceof Error ? error.message : String(error));
           }
@@ -353,7 +171,7 @@ async function packetCosts(world: World, programs: Programs, rounds: number, inv
   return [...figures.values()].map(({ one, trace, ns }) => ({
     program: one.program,
     packet: one.packet,
-    reason: one.reason,
+    reason: one.reason ?? 'not counted',
     family: one.family,
     trace,
     ns: summary(ns),

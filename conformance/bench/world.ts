@@ -97,6 +97,8 @@ export interface WorldOptions {
   /** Programs, see programs.ts. */
   peer: string;
   fortio: string | undefined;
+  /** Path of the plugin, default: this checkout's. */
+  plugin?: string;
   /** Keys for our conflist entry. */
   entry?: Record<string, unknown>;
 }
@@ -124,7 +126,7 @@ export class World {
       primary: 'ptp',
       hook: ours ?? 'tcx',
       rpFilter: 0,
-      plugin: ours === undefined ? null : executable,
+      plugin: ours === undefined ? null : (options.plugin ?? executable),
       entry: { ...(proxies === 'in-pod' && inPod), ...options.entry },
     });
     this.directory = this.topology.testbed.directory('bench');

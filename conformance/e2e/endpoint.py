@@ -469,8 +469,10 @@ def lone_fragment(flags=0x02, size=8, **where):
     return {}
 
 
-def udp_serve(address, port):
+def udp_serve(address, port, mark=0):
     server = socket.socket(family_of(address), socket.SOCK_DGRAM)
+    if mark:
+        server.setsockopt(socket.SOL_SOCKET, 36, mark)  # SO_MARK
     if family_of(address) == socket.AF_INET6:
         server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     server.bind((address, port))

@@ -259,10 +259,10 @@ export class Endpoint {
     await this.#call('offload', { ifname, ...wanted });
   }
 
-  async serveUDP(port: number): Promise<void> {
+  async serveUDP(port: number, mark = 0): Promise<void> {
     await Promise.all([
-      this.#call('udp_serve', { address: '0.0.0.0', port }),
-      this.#call('udp_serve', { address: '::', port }),
+      this.#call('udp_serve', { address: '0.0.0.0', port, mark }),
+      this.#call('udp_serve', { address: '::', port, mark }),
     ]);
   }
 

@@ -454,6 +454,33 @@ describe('enrolling, draining, CHECK', () => {
     expect(mesh.plain.netns.run(['ip', 'rule', 'show'])).not.toContain('41905');
   });
 
+  test('a setting of the namespace stays on until the last interface of the pod goes', async () => {
+    const { topology } = mesh;
+    const annotations = { 'ambient-redirect/enroll': 'true', 'ambient-redirect/interfaces': 'eth0,net1' };
+    const entry = { runtimeConfig: { 'io.kubernetes.cri.pod-annotations': annotations } };
+    const pod = topology.pod('twice', { enroll: true, entry });
+    await topology.add(pod);
+    const second = topology.testbed.directory('twice');
+    const run = async (path: string, command: string, conf: object) => {
+      const env = { ...topology.environment(command, pod), CNI_IFNAME: 'net1' };
+      const outcome = await topology.node.exec([path], { env, input: JSON.stringify(conf) });
+      expect(outcome, `${command}: ${outcome.stdout}`).toMatchObject({ status: 0 });
+      return outcome.stdout;
+    };
+    const ipam = { type: 'host-local', dataDir: second, ranges: [[{ subnet: '198.51.100.0/24' }]] };
+    const primary = { cniVersion: '1.0.0', name: 'second', type: 'ptp', ipam };
+    const prevResult = JSON.parse(await run('/usr/lib/cni/ptp', 'ADD', primary));
+    const ours = { ...topology.entry(pod), name: 'second', prevResult };
+    await run(executable, 'ADD', ours);
+    const setting = () => pod.netns.run(['sysctl', '-n', 'net.ipv4.tcp_migrate_req']).trim();
+    expect(setting()).toBe('1');
+    await topology.deleteOurs(pod);
+    expect(setting()).toBe('1');
+    await run(executable, 'DEL', ours);
+    expect(setting()).toBe('0');
+    await run('/usr/lib/cni/ptp', 'DEL', primary);
+  });
+
   describe.each(hooks)('CHECK names what is missing, %s', (hook) => {
     const checked = async (): Promise<{ code: number; msg: string; details: string } | null> => {
       const { topology, server } = mesh;
@@ -480,6 +507,7 @@ describe('enrolling, draining, CHECK', () => {
       ['rule', ['ip', 'rule', 'del', 'pref', '20000'], /IPv4 routing .* rule to table 41905/],
       ['IPv6 route', ['ip', '-6', 'route', 'flush', 'table', '41905'], /IPv6 routing .* local route/],
       ['sysctl', ['sysctl', '-qw', 'net.ipv4.conf.eth0.accept_local=0'], /accept_local/],
+      ['sysctl of the namespace', ['sysctl', '-qw', 'net.ipv4.tcp_migrate_req=0'], /net.ipv4.tcp_migrate_req/],
     ] as [string, string[], RegExp][])('%s', async (_, command, words) => {
       await again();
       expect(await checked()).toBeNull();

@@ -391,6 +391,7 @@ describe.each(topologies)('in-pod, $primary, $hook, rp_filter $rpFilter', (optio
       expect(netns.run(['ip', '-6', 'rule', 'show'])).not.toContain('41905');
       expect(netns.run(['ip', 'route', 'show', 'table', 'all'])).not.toContain('41905');
       expect(netns.run(['sysctl', '-n', 'net.ipv4.conf.eth0.accept_local']).trim()).toBe('0');
+      expect(netns.run(['sysctl', '-n', 'net.ipv4.tcp_migrate_req']).trim()).toBe('0');
       expect(netns.run(['sysctl', '-n', 'net.ipv4.conf.eth0.route_localnet']).trim()).toBe('0');
       expect(netns.run(['bpftool', 'net', 'show', 'dev', 'eth0'])).not.toContain('inpod_');
       expect(mesh.topology.node.run(['bpftool', 'net', 'show', 'dev', mesh.client.hostIfname])).not.toContain('inpod_');

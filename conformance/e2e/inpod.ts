@@ -4,7 +4,7 @@
 // an outsider and the host. What tells how a packet went is tcpdump on the host-side veths: looped packets never get
 // there.
 
-import { mkdirSync } from 'node:fs';
+import { mkdirSync, readFileSync } from 'node:fs';
 import { createServer } from 'node:http';
 import { join } from 'node:path';
 import { expect } from 'vitest';
@@ -43,6 +43,8 @@ export class InPodProxy {
   readonly #pod: Pod;
   readonly #topology: Topology;
   #process: Running | undefined;
+  #log: string | undefined;
+  #starts = 0;
 
   constructor(topology: Topology, pod: Pod) {
     this.#topology = topology;
@@ -52,7 +54,11 @@ export class InPodProxy {
   /** `wrap`: a command that runs the proxy, as "cgroup.ts" does. */
   async start(args: readonly string[] = [], wrap: readonly string[] = []): Promise<void> {
     const program = join(import.meta.dirname, 'inpod_proxy.py');
-    const started = this.#topology.testbed.start(this.#pod.netns.argv([...wrap, '/usr/bin/python3', program, ...args]));
+    const { testbed } = this.#topology;
+    // A file: what a client's greeting proves to be written can be read, whatever pipes are behind with.
+    this.#log = join(testbed.directory(`proxy-${this.#pod.label}-${++this.#starts}`), 'log');
+    const argv = [...wrap, '/usr/bin/python3', program, '--log', this.#log, ...args];
+    const started = testbed.start(this.#pod.netns.argv(argv));
     await until(`the proxy in ${this.#pod.label} listens`, () => {
       if (!started.alive) throw new Error(`it ended: ${started.output}`);
       return started.output.includes('ready');
@@ -66,7 +72,7 @@ export class InPodProxy {
 
   /** So far, since the last start. */
   proxied(): Proxied[] {
-    return (this.#process?.output ?? '')
+    return (this.#log === undefined ? '' : readFileSync(this.#log, 'utf8'))
       .split('\n')
       .filter((line) => line.startsWith('{'))
       .map((line) => JSON.parse(line) as Proxied);

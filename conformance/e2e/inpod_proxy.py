@@ -31,7 +31,7 @@ out_lock = threading.Lock()
 
 def say(document):
     with out_lock:
-        print(json.dumps(document), flush=True)
+        print(json.dumps(document), file=log, flush=True)
 
 
 def plain(address):
@@ -147,7 +147,9 @@ parser.add_argument("--hbone", nargs="*", default=[])
 parser.add_argument("--not", nargs="*", type=int, default=[], dest="without")
 for flag in ("--no-mark", "--no-transparent", "--ipv4-only"):
     parser.add_argument(flag, action="store_true")
+parser.add_argument("--log", type=argparse.FileType("w"), required=True, help="a line for each connection, before it goes on")
 options = parser.parse_args()
+log = options.log
 
 for name, port in (("outbound", 15001), ("inbound", 15006), ("hbone", 15008)):
     if port not in options.without:

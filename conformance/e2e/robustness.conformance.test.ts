@@ -121,7 +121,7 @@ async function glance(pod: Pod, bystander: Pod): Promise<KernelState> {
       "printf 'link show\\nrule show\\nroute show table all\\n' | ip -o -4 -batch -",
       "printf 'rule show\\nroute show table all\\n' | ip -o -6 -batch -",
       `printf '${ifnames.flatMap(hooks).join('\\n')}\\n' | tc -force -batch - 2>/dev/null`,
-      `cat /proc/sys/net/ipv4/conf/*/accept_local /proc/sys/net/ipv4/conf/*/route_localnet`,
+      `cat /proc/sys/net/ipv4/conf/*/accept_local /proc/sys/net/ipv4/conf/*/route_localnet /proc/sys/net/ipv4/tcp_migrate_req`,
     ].join('; ');
     const outcome = await namespace.exec(['sh', '-c', script]);
     expect(outcome.status, outcome.stderr).toBe(0);

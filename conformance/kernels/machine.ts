@@ -35,8 +35,17 @@ export function cannotBoot(): string | undefined {
   return missing.length > 0 ? `${missing.join(', ')} not installed` : undefined;
 }
 
-/** Boots `kernel`, runs `command` (a line for sh, in directory `root`), and turns the machine off. `limit` in ms. */
-export async function boot(kernel: Kernel, root: string, command: string, limit: number): Promise<Ended> {
+/**
+ * Boots `kernel`, runs `command` (a line for sh, in directory `root`), and turns the machine off. `limit` in ms.
+ * `countInstructions`: its clock goes on by 1 ns for each instruction, and by nothing else while it computes.
+ */
+export async function boot(
+  kernel: Kernel,
+  root: string,
+  command: string,
+  limit: number,
+  { countInstructions = false } = {},
+): Promise<Ended> {
   using testbed = Testbed.open();
   const work = testbed.directory('kernel');
   const file = (name: string) => join(work, name);
@@ -56,7 +65,10 @@ export async function boot(kernel: Kernel, root: string, command: string, limit:
   );
   const machine = testbed.start([
     QEMU,
-    ...['-M', 'q35', '-accel', 'tcg,thread=multi', '-cpu', 'max,la57=off', '-smp', '2', '-m', MEMORY],
+    ...['-M', 'q35', '-cpu', 'max,la57=off', '-m', MEMORY],
+    ...(countInstructions
+      ? ['-accel', 'tcg,thread=single', '-icount', 'shift=0,sleep=off', '-smp', '1']
+      : ['-accel', 'tcg,thread=multi', '-smp', '2']),
     ...['-display', 'none', '-no-reboot', '-nic', 'none', '-serial', `file:${file('console')}`],
     ...['-object', `memory-backend-memfd,id=memory,size=${MEMORY},share=on`, '-numa', 'node,memdev=memory'],
     ...['-chardev', `socket,id=fs,path=${socket}`, '-device', 'vhost-user-fs-pci,chardev=fs,tag=root'],

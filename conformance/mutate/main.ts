@@ -1,21 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-// npm run mutate:bpf [-- --minutes N] [--only TEXT] [--list]: changes one thing in bpf/ at a time, and runs the BPF-level
-// suite (bpf/test) on the result. Each change that no test notices is printed with its place. Exit code 1 for one that
-// explained.json does not explain. What was found out is kept in build/mutate/, so that a run goes on where the last
-// one ended; it begins anew when the sources or the tests have changed. Conditions, comparisons and reasons are tried
-// before numbers, in an order that is mixed but always the same, so that any part of a run is a fair sample.
+// npm run mutate:bpf [-- --minutes N] [--only TEXT] [--list] [--anew] [--table]: changes one thing in bpf/ at a time, and
+// runs the BPF-level suite (bpf/test) on the result. Each change that no test notices is printed with its place. Exit
+// code 1 for one that explained.json does not explain. Conditions, comparisons and reasons are tried before numbers, in
+// an order that is mixed but always the same, so that any part of a run is a fair sample. --table writes which test each
+// reason has (reasons.json).
 //
-// A mutant needs no new addon: that of the fault injection takes the programs from $AMBIENT_REDIRECT_OBJECT. Nor a new
-// vitest: the tests of bpf/test/suite.ts are run in one process (worker.ts), hooks.test.ts only on what they let live.
+// What was found out is kept in build/mutate/. "Killed" stands as long as the function and the test that did it are as
+// they were, whatever else has changed; all else as long as nothing has. --anew forgets it.
+//
+// A mutant needs no new addon: that of the fault injection takes the programs from $AMBIENT_REDIRECT_OBJECT. Only the
+// programs that the function is in are compiled and loaded again. Nor a new vitest: the tests of bpf/test/suite.ts and
+// in-pod.ts are run in one process (worker.ts), hooks.test.ts only on what they let live.
 
 import { type ChildProcess, fork, spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { appendFileSync, existsSync, globSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
-import { basename, dirname, join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { applied, type Mutant, mutantsOf } from './mutants.ts';
 import { compile, programHashes } from './object.ts';
-import type { Order, Verdict } from './worker.ts';
+import { only, Programs } from './programs.ts';
+import type { Order, Ready, Verdict } from './worker.ts';
 
 /**
  * killed: a test failed. refused: the verifier does not load it. same: clang makes the same code of it. not C: clang
@@ -38,13 +43,15 @@ interface Explained {
 const ROOT = dirname(dirname(import.meta.dirname));
 const WORK = join(ROOT, 'build/mutate');
 const AT_HOOKS = ['bpf/test/hooks.test.ts'];
-const RUNS_OF_A_WORKER = 80;
+const RUNS_OF_A_WORKER = 300;
 
 const { values } = parseArgs({
   options: {
     minutes: { type: 'string', default: '600' },
     only: { type: 'string', default: '' },
     list: { type: 'boolean', default: false },
+    anew: { type: 'boolean', default: false },
+    table: { type: 'boolean', default: false },
   },
 });
 process.chdir(ROOT);
@@ -56,47 +63,91 @@ const explained = JSON.parse(readFileSync(join(import.meta.dirname, 'explained.j
 
 const all = [...sources].flatMap(([file, source]) => mutantsOf(file, source, reasons));
 const wanted = mixed(all).filter((mutant) => describe(mutant).includes(values.only));
+const programs = new Programs(sources);
 
-const digest = createHash('sha256');
-for (const file of [...sources.keys(), ...globSync('bpf/test/*'), ...globSync('conformance/mutate/*.ts')].sort()) {
-  digest.update(readFileSync(file));
+/** What was found out about a change. */
+interface Found {
+  fate: Fate;
+  /** The test that killed it: its name, and its fingerprint. */
+  test?: string | undefined;
+  killer?: string | undefined;
+  /** hooks.test.ts was run on it too. */
+  hooks?: boolean;
 }
+interface Line extends Found {
+  key: string;
+  /** Digests of bpf/, and of that and the tests. */
+  sources: string;
+  everything: string;
+}
+
 mkdirSync(WORK, { recursive: true });
-const journal = join(WORK, `${digest.digest('hex').slice(0, 16)}.jsonl`);
-const known = new Map<string, Fate>();
-/** Survivors of suite.ts that hooks.test.ts was run on. */
-const atHooks = new Set<string>();
-if (existsSync(journal)) {
+const journal = join(WORK, 'verdicts.jsonl');
+const found = new Map<string, Found>();
+const now = {
+  sources: digestOf([...sources.keys()]),
+  everything: digestOf([...sources.keys(), ...globSync('bpf/test/*'), ...globSync('conformance/mutate/*.ts')]),
+};
+
+function digestOf(files: string[]): string {
+  const digest = createHash('sha256');
+  for (const file of files.sort()) digest.update(readFileSync(file));
+  return digest.digest('hex').slice(0, 16);
+}
+
+/** Of a change, wherever its function has been moved to. */
+function keyOf({ file, function: name, body, within, text }: Mutant): string {
+  return createHash('sha256').update([file, name, body, within, text].join('\0')).digest('hex').slice(0, 24);
+}
+
+/** What is known from earlier runs and still holds. `tests`: fingerprints. */
+function recall(tests: ReadonlySet<string>): void {
+  if (values.anew || !existsSync(journal)) return;
   for (const line of readFileSync(journal, 'utf8').trimEnd().split('\n')) {
-    const { id, fate, hooks } = JSON.parse(line) as { id: string; fate: Fate; hooks?: boolean };
-    known.set(id, fate);
-    if (hooks) atHooks.add(id);
+    const { key, sources, everything, ...rest } = JSON.parse(line) as Line;
+    const holds =
+      rest.fate === 'killed' && rest.killer !== undefined
+        ? tests.has(rest.killer)
+        : rest.fate === 'killed' || rest.fate === 'survived'
+          ? everything === now.everything
+          : sources === now.sources;
+    if (holds) found.set(key, rest);
   }
+}
+
+function record(mutant: Mutant, what: Found): void {
+  const key = keyOf(mutant);
+  found.set(key, what);
+  appendFileSync(journal, `${JSON.stringify({ key, ...what, ...now } satisfies Line)}\n`);
 }
 
 interface Compiled {
   mutant: Mutant;
-  /** Undefined: clang refuses it. */
+  /** Names of the programs that are other code now. Undefined: clang refuses it. */
   changed: string[] | undefined;
   object: string;
   slot: number;
 }
 
 async function run(): Promise<void> {
-  const original = await compileIn(0, undefined);
   const judge = new Judge();
   const started = performance.now();
   const end = started + Number(values.minutes) * 60_000;
-  const unchanged = await judge.judge({ object: join(WORK, '0', 'redirect.bpf.o'), changed: [] });
+  const unchanged = await judge.judge({ object: '', changed: [], place: '' });
   if (unchanged.fate !== 'survived') throw new Error(`the suite fails without any change: ${unchanged.failure}`);
   console.error(`${wanted.length} mutants; the suite alone: ${((performance.now() - started) / 1000).toFixed(1)} s`);
+  recall(judge.tests);
 
-  const todo = wanted.filter((mutant) => !known.has(describe(mutant)));
+  const todo = wanted.filter((mutant) => !found.has(keyOf(mutant)));
+  console.error(`${wanted.length - todo.length} known from earlier runs`);
   const prepare = async (mutant: Mutant | undefined, slot: number): Promise<Compiled | undefined> => {
-    if (mutant === undefined || original === undefined) return undefined;
-    const hashes = await compileIn(slot, mutant);
-    const changed = hashes && [...hashes].filter(([name, hash]) => hash !== original.get(name)).map(([name]) => name);
-    return { mutant, changed, object: join(WORK, String(slot), 'redirect.bpf.o'), slot };
+    if (mutant === undefined) return undefined;
+    const concerned = programs.with(mutant.function);
+    const directory = join(WORK, String(slot));
+    const hashes = await compileIn(directory, concerned, mutant);
+    const original = await unchangedHashes(concerned);
+    const changed = hashes && concerned.filter((name) => hashes.get(name) !== original.get(name));
+    return { mutant, changed, object: join(directory, 'redirect.bpf.o'), slot };
   };
   // Two are compiled ahead while one is judged.
   const slots = 3;
@@ -107,52 +158,69 @@ async function run(): Promise<void> {
     const compiled = await ahead[tried % slots];
     if (compiled === undefined) break;
     const { mutant, slot } = compiled;
-    const fate = await fateOf(compiled, judge);
+    const what = await fateOf(compiled, judge);
     ahead[slot] = prepare(todo[tried + slots], slot);
-    const id = describe(mutant);
-    known.set(id, fate);
-    appendFileSync(journal, `${JSON.stringify({ id, fate })}\n`);
+    record(mutant, what);
     const seconds = ((performance.now() - begun) / 1000).toFixed(1).padStart(5);
-    console.error(`${fate.padEnd(8)} ${seconds} s  ${place(mutant)}: ${change(mutant)}`);
+    console.error(`${what.fate.padEnd(8)} ${seconds} s  ${place(mutant)}: ${change(mutant)}`);
   }
   await Promise.all(ahead);
   judge.close();
   for (const mutant of wanted) {
-    const id = describe(mutant);
-    if (known.get(id) !== 'survived' || atHooks.has(id) || explanation(mutant) !== undefined) continue;
+    const known = found.get(keyOf(mutant));
+    if (known?.fate !== 'survived' || known.hooks || explanation(mutant) !== undefined) continue;
     if (performance.now() > end) break;
-    await compileIn(0, mutant);
-    const fate = hooks(join(WORK, '0', 'redirect.bpf.o'));
-    known.set(id, fate);
-    atHooks.add(id);
-    appendFileSync(journal, `${JSON.stringify({ id, fate, hooks: true })}\n`);
+    const directory = join(WORK, 'hooks');
+    await compileIn(directory, programs.with('direct_flow').concat(programs.with(mutant.function)), mutant);
+    const fate = hooks(join(directory, 'redirect.bpf.o'));
+    record(mutant, { fate, hooks: true, ...(fate === 'killed' && { test: AT_HOOKS[0] }) });
     console.error(`at the hooks: ${fate}  ${place(mutant)}: ${change(mutant)}`);
   }
   summary(tried, performance.now() - started);
+  if (values.table) writeTable();
 }
 
-/** In a directory of its own; the unchanged sources where there is no mutant. */
-async function compileIn(slot: number, mutant: Mutant | undefined): Promise<Map<string, string> | undefined> {
-  const directory = join(WORK, String(slot));
+/** With these programs only; the sources as they are where there is no mutant. Undefined: clang refuses it. */
+async function compileIn(
+  directory: string,
+  wanted: readonly string[],
+  mutant?: Mutant,
+): Promise<Map<string, string> | undefined> {
   for (const [file, source] of sources) {
     mkdirSync(dirname(join(directory, file)), { recursive: true });
-    writeFileSync(join(directory, file), mutant?.file === file ? applied(source, mutant) : source);
+    writeFileSync(join(directory, file), only(mutant?.file === file ? applied(source, mutant) : source, wanted));
   }
-  const hashes = new Map<string, string>();
-  for (const file of sources.keys()) {
-    if (!file.endsWith('.bpf.c')) continue;
-    const object = join(directory, basename(file).replace(/c$/, 'o'));
-    if (!(await compile(join(directory, file), object))) return undefined;
-    for (const [program, hash] of programHashes(object)) hashes.set(program, hash);
-  }
-  return hashes;
+  const object = join(directory, 'redirect.bpf.o');
+  if (!(await compile(join(directory, 'bpf/redirect.bpf.c'), object))) return undefined;
+  return programHashes(object);
 }
 
-async function fateOf({ changed, object }: Compiled, judge: Judge): Promise<Fate> {
-  if (changed === undefined) return 'not C';
-  if (changed.length === 0) return 'same';
-  const { fate } = await judge.judge({ object, changed });
-  return fate;
+/** By set of programs: what clang makes of a function depends on who calls it. */
+const originals = new Map<string, Promise<Map<string, string>>>();
+function unchangedHashes(wanted: readonly string[]): Promise<Map<string, string>> {
+  const key = wanted.join();
+  const known = originals.get(key);
+  if (known !== undefined) return known;
+  const made = compileIn(join(WORK, `original-${originals.size}`), wanted).then((hashes) => {
+    if (hashes === undefined) throw new Error('clang refuses the sources as they are');
+    return hashes;
+  });
+  originals.set(key, made);
+  return made;
+}
+
+async function fateOf({ mutant, changed, object }: Compiled, judge: Judge): Promise<Found> {
+  if (changed === undefined) return { fate: 'not C' };
+  if (changed.length === 0) return { fate: 'same' };
+  const order = { object, changed, place: mutant.function };
+  let verdict = await judge.judge(order);
+  // Once more, with nothing that an earlier run may have left: then it was the change.
+  if (verdict.fate === 'disturbed') {
+    judge.close();
+    verdict = await judge.judge(order);
+  }
+  const { test, killer } = verdict;
+  return { fate: verdict.fate === 'disturbed' ? 'killed' : verdict.fate, test, killer };
 }
 
 /** What BPF_PROG_TEST_RUN cannot show, for those that got that far: last, because it takes longest. */
@@ -175,6 +243,8 @@ function environment(object = ''): NodeJS.ProcessEnv {
 
 /** A worker, and the next one when it has loaded enough programs: those that its own processes hold open stay loaded. */
 class Judge {
+  /** Fingerprints of its tests. */
+  tests: ReadonlySet<string> = new Set();
   #worker: ChildProcess | undefined;
   #left = 0;
 
@@ -192,9 +262,10 @@ class Judge {
   async #judge(order: Order): Promise<Verdict> {
     if (!this.#worker?.connected || this.#left === 0) await this.#start();
     this.#left -= 1;
-    const worker = this.#worker;
-    worker?.send(order);
-    return await this.#answer<Verdict>();
+    this.#worker?.send(order);
+    const verdict = await this.#answer<Verdict>();
+    if (verdict.spent) this.close();
+    return verdict;
   }
 
   async #start(): Promise<void> {
@@ -204,7 +275,7 @@ class Judge {
       execArgv: ['--import', join(import.meta.dirname, 'hooks.ts')],
       env: environment(),
     });
-    await this.#answer<string>();
+    this.tests = new Set((await this.#answer<Ready>()).tests);
   }
 
   #answer<T>(): Promise<T> {
@@ -229,7 +300,7 @@ function summary(tried: number, ms: number): void {
   const counts = new Map<Fate, number>();
   let unexplained = 0;
   for (const mutant of wanted) {
-    const fate = known.get(describe(mutant));
+    const fate = found.get(keyOf(mutant))?.fate;
     if (fate === undefined) continue;
     counts.set(fate, (counts.get(fate) ?? 0) + 1);
     if (fate !== 'survived') continue;
@@ -242,11 +313,30 @@ function summary(tried: number, ms: number): void {
     unexplained += 1;
     console.log(`explained.json: no such change any more: ${JSON.stringify(one)}`);
   }
-  const found = [...counts].map(([fate, count]) => `${count} ${fate}`).join(', ');
+  const fates = [...counts].map(([fate, count]) => `${count} ${fate}`).join(', ');
   const open = wanted.length - [...counts.values()].reduce((sum, count) => sum + count, 0);
-  console.log(`${wanted.length} mutants: ${found}; ${open} not tried yet; ${unexplained} unexplained`);
+  console.log(`${wanted.length} mutants: ${fates}; ${open} not tried yet; ${unexplained} unexplained`);
   console.log(`${tried} tried now in ${(ms / 60_000).toFixed(1)} minutes`);
   if (unexplained > 0) process.exitCode = 1;
+}
+
+/** Of each reason a test that fails where the programs count another one in its place. */
+function writeTable(): void {
+  const table: Record<string, Record<string, string>> = {};
+  for (const mutant of wanted) {
+    const reason = /^REASON_(\w+)/.exec(sources.get(mutant.file)?.slice(mutant.start) ?? '')?.[1]?.toLowerCase();
+    const { fate, test } = found.get(keyOf(mutant)) ?? {};
+    if (reason === undefined || fate !== 'killed' || test === undefined) continue;
+    const rows = table[reason] ?? {};
+    table[reason] = rows;
+    rows[mutant.function] ??= test;
+  }
+  const sorted = Object.fromEntries(
+    Object.entries(table)
+      .sort(([a], [b]) => (a < b ? -1 : 1))
+      .map(([reason, rows]) => [reason, Object.fromEntries(Object.entries(rows).sort(([a], [b]) => (a < b ? -1 : 1)))]),
+  );
+  writeFileSync(join(import.meta.dirname, 'reasons.json'), `${JSON.stringify(sorted, undefined, 2)}\n`);
 }
 
 function explains(one: Explained, mutant: Mutant): boolean {

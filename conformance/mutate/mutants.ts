@@ -11,6 +11,9 @@ export interface Mutant {
   /** The line as it is and as it becomes, without indentation. */
   from: string;
   to: string;
+  /** Text of the function's body, and where in it the change begins: the same wherever the function is moved to. */
+  body: string;
+  within: number;
   /** Offset in the file, and what is put in place of the characters up to `end`. */
   start: number;
   end: number;
@@ -39,12 +42,17 @@ const TOKEN =
 export function mutantsOf(file: string, source: string, reasons: readonly string[]): Mutant[] {
   const mutants: Mutant[] = [];
   for (const { name, start, end } of functions(source)) {
+    const body = source.slice(start, end);
     let before = '';
     for (const match of source.slice(start, end).matchAll(TOKEN)) {
       const [token] = match;
       const at = start + match.index;
       const add = (text: string, from = at, to = at + token.length) =>
-        mutants.push(mutant(file, source, name, from, to, text, /^\d/.test(token)));
+        mutants.push({
+          ...mutant(file, source, name, from, to, text, /^\d/.test(token)),
+          body,
+          within: from - start,
+        });
       if (token in SWAPPED) add(SWAPPED[token] ?? '');
       else if (/^\d/.test(token) && !(token === '0' && (before === '=' || isFlags(source, at))) && !isSize(source, at))
         add(`(${token} + 1)`);
@@ -73,7 +81,7 @@ function mutant(
   end: number,
   text: string,
   constant: boolean,
-): Mutant {
+): Omit<Mutant, 'body' | 'within'> {
   const lineStart = source.lastIndexOf('\n', start - 1) + 1;
   const found = source.indexOf('\n', end);
   const lineEnd = found === -1 ? source.length : found;

@@ -3,6 +3,7 @@
 // In the place of vitest (hooks.ts) where a suite is run many times in one process: collects its tests when they are
 // declared, and runs them until one fails. beforeAll is run once, before its scope's first test of the first run.
 
+import { createHash } from 'node:crypto';
 import { isDeepStrictEqual } from 'node:util';
 
 type Body = (...args: never[]) => unknown;
@@ -16,10 +17,23 @@ interface Collected {
   name: string;
   scope: Scope;
   body: () => unknown;
-  /** What it runs; empty until it has been run once. */
+  /** What it runs, and whether that is all: it has passed once. */
   programs: Set<string>;
-  /** Kills so far: those that find much come first. */
+  complete: boolean;
+  /** Of its name and its code: what it calls is not in it. */
+  fingerprint: string;
+  /** Kills so far, in all and by function that was changed: those that find much come first. */
   kills: number;
+  killsIn: Map<string, number>;
+}
+
+/** The test that failed, and why. */
+export interface Failure {
+  test: string;
+  fingerprint: string;
+  error: unknown;
+  /** By an expect(). */
+  mismatch: boolean;
 }
 
 const tests: Collected[] = [];
@@ -36,30 +50,30 @@ function declare(name: string, body: () => void): void {
 }
 
 /** One declaration for each row; an array's elements are the arguments. */
-function rows(declareOne: (name: string, body: () => void) => void) {
+function rows(declareOne: (name: string, body: () => void, code: string) => void) {
   return (table: readonly unknown[]) =>
     (name: string, body: Body): void => {
       table.forEach((row, index) => {
         const args = (Array.isArray(row) ? row : [row]) as never[];
-        declareOne(`${name} [${index}]`, () => body(...args));
+        declareOne(`${name} [${index}]`, () => body(...args), String(body));
       });
     };
 }
 
 /** The value of the body matters: a test is over when its promise is. */
-function collect(name: string, body: () => unknown): void {
-  tests.push({ name: [...names, name].join(' > '), scope, body, programs: new Set(), kills: 0 });
+function collect(last: string, body: () => unknown, code = String(body)): void {
+  const name = [...names, last].join(' > ');
+  const fingerprint = createHash('sha256').update(`${name}\n${code}`).digest('hex').slice(0, 16);
+  tests.push({ name, scope, body, fingerprint, programs: new Set(), complete: false, kills: 0, killsIn: new Map() });
 }
 
 export const describe = Object.assign(declare, { each: rows(declare) });
-export const test = Object.assign(collect, {
-  each: (table: readonly unknown[]) => (name: string, body: Body) => {
-    table.forEach((row, index) => {
-      const args = (Array.isArray(row) ? row : [row]) as never[];
-      collect(`${name} [${index}]`, () => body(...args));
-    });
-  },
-});
+export const test = Object.assign(collect, { each: rows(collect) });
+
+/** Fingerprints of all tests. */
+export function collected(): string[] {
+  return tests.map(({ fingerprint }) => fingerprint);
+}
 
 export function beforeAll(body: () => unknown): void {
   scope.before.push({ body, done: false });
@@ -102,15 +116,15 @@ export function usesProgram(name: string): void {
 
 /**
  * Runs what was collected, `prepare` before each test, the best killers first; tests that are known to run none of the
- * `changed` programs are left out. Returns the first failure, or undefined. Throws what is neither a mismatch nor `isKnown`.
+ * `changed` programs are left out. `place`: the function that was changed. Returns the first failure, or undefined.
  */
 export async function runCollected(
-  changed: readonly string[],
+  { changed, place }: { changed: readonly string[]; place: string },
   prepare: () => void,
-  isKnown: (error: unknown) => boolean,
-): Promise<string | undefined> {
-  const concerned = tests.filter(({ programs }) => programs.size === 0 || changed.some((one) => programs.has(one)));
-  for (const one of concerned.sort((a, b) => b.kills - a.kills)) {
+): Promise<Failure | undefined> {
+  const concerned = tests.filter(({ programs, complete }) => !complete || changed.some((one) => programs.has(one)));
+  const here = (one: Collected) => one.killsIn.get(place) ?? 0;
+  for (const one of concerned.sort((a, b) => here(b) - here(a) || b.kills - a.kills)) {
     current = one;
     try {
       for (let outer: Scope | undefined = one.scope; outer !== undefined; outer = outer.parent) {
@@ -122,11 +136,14 @@ export async function runCollected(
       }
       prepare();
       await one.body();
+      one.complete = true;
     } catch (error) {
-      const message = `${one.name}: ${error instanceof Error ? error.message : String(error)}`;
-      if (!(error instanceof Mismatch || isKnown(error))) throw new Error(message);
-      one.kills += 1;
-      return message;
+      const mismatch = error instanceof Mismatch;
+      if (mismatch) {
+        one.kills += 1;
+        one.killsIn.set(place, here(one) + 1);
+      }
+      return { test: one.name, fingerprint: one.fingerprint, error, mismatch };
     }
   }
   return undefined;

@@ -1,72 +1,121 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the BPF-level suite again and again on one node, each time on the programs in the object that it is told.
+//
+// Runs the BPF-level suite again and again on the same nodes, each time with some programs taken from the object that it
+// is told. The other programs, and a state directory with its maps, stay until a test fails: a wrong program may have
+// left anything in them.
 
 import { rmSync } from 'node:fs';
-import { Datapath, Node } from '../../bpf/test/node.ts';
+import { inPod } from '../../bpf/test/in-pod.ts';
+import { InPodDatapath, InPodNode } from '../../bpf/test/in-pod-node.ts';
+import { Datapath, type Loaded, Node } from '../../bpf/test/node.ts';
 import { DATAPATHS, type DatapathName, suite } from '../../bpf/test/suite.ts';
 import type { ProgramName } from '../../plugin/native.ts';
-import { runCollected, usesProgram } from './vitest.ts';
+import { collected, type Failure, runCollected, usesProgram } from './vitest.ts';
 
-/** `changed`: names of the programs that differ from the original's. */
-export type Order = { object: string; changed: string[] };
-export type Verdict = { fate: 'killed' | 'refused' | 'survived'; failure: string };
+/** `changed`: names of the programs that are to be taken from `object`. `place`: the function that was changed. */
+export type Order = { object: string; changed: string[]; place: string };
+/**
+ * disturbed: what failed was not what is asserted. An event that does not come is that, and so is a busy machine.
+ * `killer`: fingerprint of the test.
+ */
+export type Verdict = {
+  fate: 'killed' | 'refused' | 'survived' | 'disturbed';
+  failure: string;
+  test?: string;
+  killer?: string;
+  /** There are not enough ports for another run. */
+  spent: boolean;
+};
+/** The first message: fingerprints of all tests. */
+export type Ready = { tests: string[] };
 
 const node = await Node.open();
-const datapaths = new Map<DatapathName, Datapath>();
+const inPodNode = await InPodNode.open();
 const seen = new Set<string>();
 let runs = 0;
-
-/** Loaded when its first test asks for it. */
-function datapath(name: DatapathName): Datapath {
-  const known = datapaths.get(name);
-  if (known !== undefined) return known;
-  const made = load(name);
-  made.reset();
-  return made;
-}
+/** Ports that a run took at most. */
+let most = 5_000;
+const LAST_PORT = 60_000;
+let order: Order = { object: '', changed: [], place: '' };
 
 class Refused extends Error {}
 
 class Watched extends Datapath {
-  override run(program: ProgramName, ...rest: Parameters<Datapath['run']> extends [unknown, ...infer R] ? R : never) {
+  override pathOf(program: ProgramName): string {
     usesProgram(program);
-    return super.run(program, ...rest);
+    return super.pathOf(program);
   }
 }
 
-function load(name: DatapathName): Datapath {
-  try {
-    const made = new Watched(node, seen, DATAPATHS[name], `run${runs}`);
-    datapaths.set(name, made);
-    return made;
-  } catch (error) {
-    throw new Refused(`REFUSED ${error instanceof Error ? error.message : String(error)}`);
+class WatchedInPod extends InPodDatapath {
+  override pathOf(program: ProgramName): string {
+    usesProgram(program);
+    return super.pathOf(program);
   }
 }
 
-suite(datapath);
+type Known = (Watched | WatchedInPod) & Loaded;
+const known = new Map<string, Known>();
+/** Those whose changed programs are loaded in this run. */
+const current = new Set<string>();
 
-async function judge({ object, changed }: Order): Promise<Verdict> {
-  process.env.AMBIENT_REDIRECT_OBJECT = object;
+/** Loaded when its first test asks for it. */
+function ready<T extends Known>(name: string, make: () => T): T {
+  let one = known.get(name) as T | undefined;
+  if (one === undefined) {
+    delete process.env.AMBIENT_REDIRECT_OBJECT;
+    one = make();
+    known.set(name, one);
+  }
+  if (!current.has(name)) {
+    current.add(name);
+    if (order.changed.length > 0) {
+      process.env.AMBIENT_REDIRECT_OBJECT = order.object;
+      try {
+        one.replace(`changed${runs}`, order.changed);
+      } catch (error) {
+        throw new Refused(error instanceof Error ? error.message : String(error));
+      }
+    }
+    one.reset();
+  }
+  return one;
+}
+
+suite((name: DatapathName) => ready(name, () => new Watched(node, seen, DATAPATHS[name], `run${runs}`)));
+inPod(() => ready('inPod', () => new WatchedInPod(inPodNode, seen, `run${runs}`)));
+
+async function judge(given: Order): Promise<Verdict> {
+  const before = Math.max(node.lastPort, inPodNode.lastPort);
+  order = given;
   runs += 1;
-  const failure = await runCollected(
-    changed,
-    () => {
-      for (const one of datapaths.values()) one.reset();
-    },
-    (error) => error instanceof Refused,
-  );
-  for (const { state, directory } of datapaths.values()) {
-    node.native.closeState(state);
-    rmSync(directory, { recursive: true });
+  current.clear();
+  const failure = await runCollected(order, () => {
+    for (const name of current) known.get(name)?.reset();
+  });
+  for (const one of known.values()) one.restore();
+  if (failure !== undefined) {
+    for (const { state, directory } of known.values()) {
+      node.native.closeState(state);
+      rmSync(directory, { recursive: true });
+    }
+    known.clear();
   }
-  datapaths.clear();
-  if (failure === undefined) return { fate: 'survived', failure: '' };
-  return { fate: failure.includes('REFUSED ') ? 'refused' : 'killed', failure };
+  const last = Math.max(node.lastPort, inPodNode.lastPort);
+  most = Math.max(most, last - before);
+  return { ...verdictOf(failure), spent: last + most > LAST_PORT };
 }
 
-process.on('message', (order: Order) => {
-  judge(order).then(
+function verdictOf(failure: Failure | undefined): Omit<Verdict, 'spent'> {
+  if (failure === undefined) return { fate: 'survived', failure: '' };
+  const { error, test, fingerprint, mismatch } = failure;
+  const message = `${test}: ${error instanceof Error ? error.message : String(error)}`;
+  if (error instanceof Refused) return { fate: 'refused', failure: message };
+  return { fate: mismatch ? 'killed' : 'disturbed', failure: message, test, killer: fingerprint };
+}
+
+process.on('message', (given: Order) => {
+  judge(given).then(
     (verdict) => process.send?.(verdict),
     (error: unknown) => {
       console.error(error);
@@ -76,6 +125,7 @@ process.on('message', (order: Order) => {
 });
 process.on('disconnect', () => {
   node.close();
+  inPodNode.close();
   process.exit(0);
 });
-process.send?.('ready');
+process.send?.({ tests: collected() } satisfies Ready);

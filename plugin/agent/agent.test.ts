@@ -438,6 +438,8 @@ describe('ports', () => {
       expect(await get(ports.health, '/readyz')).toEqual({ status: 200, body: 'ok\n' });
       agent.readiness.add('test', () => 'not yet');
       expect(await get(ports.health, '/readyz')).toEqual({ status: 503, body: 'test: not yet\n' });
+      const { body: unready } = await get(ports.monitoring, '/metrics');
+      expect(unready).toContain('ambient_redirect_ready{condition="test"} 0\n');
       agent.readiness.remove('test');
       expect((await get(ports.health, '/')).status).toBe(404);
 
@@ -455,6 +457,8 @@ describe('ports', () => {
         'ambient_redirect_zds_messages_total{kind="add",result="ack"} 1',
         'ambient_redirect_map_capacity{map="interfaces"} 2048',
         'ambient_redirect_map_entries{map="attachments"} 1',
+        'ambient_redirect_ready{condition="state"} 1',
+        'ambient_redirect_drift_total{kind="program"} 0',
       ]) {
         expect(body).toContain(`${line}\n`);
       }

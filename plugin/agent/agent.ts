@@ -26,7 +26,7 @@ import type { AttachBody, AttachmentName, Decision } from '../agent-client.ts';
 import { attachmentKey, hex } from '../attachments.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import { decide as decideTarget, enrolmentOf } from '../commands/target.ts';
-import { attach, describePod, detach, isDead, sweepDead, type Target, targetOf } from '../datapath.ts';
+import { attachSteps, describePod, detachSteps, isDead, sweepDead, type Target, targetOf } from '../datapath.ts';
 import { beginDrain, isDraining, tryEndDrains } from '../drain.ts';
 import { isUninstalled, rememberedInstall } from '../install/entry.ts';
 import { migrateAll } from '../migrate.ts';
@@ -35,6 +35,7 @@ import { countPending, listPending, type PendingPod, removePending } from '../pe
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
 import { type PodIdentity, podIdentity } from '../redirect/enrolment.ts';
 import { hasCode, isNativeError, kernelReason, openState } from '../state.ts';
+import { StepQueue } from '../steps.ts';
 import { ZdsError, ZdsServer } from '../zds/server.ts';
 import { type CgroupFinding, cgroupOf, isGone } from './cgroups.ts';
 import { entrySettings } from './entry-settings.ts';
@@ -101,6 +102,8 @@ export class Agent {
   readonly registry = new WorkloadRegistry();
   readonly events = new EventEmitter<AgentEvents>();
   readonly directories: PodDirectory[] = [];
+  /** of everything in this process that attaches and detaches */
+  readonly steps = new StepQueue();
   readonly #barriers: Promise<unknown>[] = [];
   readonly #acknowledged = new Set<string>();
   readonly #counted = new Map<string, { packets: bigint; bytes: bigint }>();
@@ -135,6 +138,7 @@ export class Agent {
       assertSharedBpffs(this.settings.stateDir);
       this.#migrate();
       await this.#rebuild();
+      this.#withState((state) => this.#countPackets(state, true));
       this.#truth = this.#holdToTheTruth();
       mkdirSync(dirname(this.settings.zdsSocket), { recursive: true, mode: 0o755 });
       this.#zds = this.#serveZds();
@@ -180,8 +184,8 @@ export class Agent {
       if (record.state !== 'attached' || record.role !== 'pod') continue;
       if (drain) this.#withState((state) => beginDrain(this.native, dirs, state, key, record));
       else {
-        detach(this.native, dirs, key);
-        this.#recordOnly(record, key);
+        await this.steps.run(detachSteps(this.native, dirs, key));
+        await this.#recordOnly(record, key);
       }
     }
     await this.reconcile('unenrol');
@@ -258,7 +262,7 @@ export class Agent {
     }
     if (!inMesh) {
       if (config.proxy.contract === 'in-pod' && this.#zds?.isLive !== true) throw this.#noZtunnel();
-      attach(this.native, config, target);
+      await this.steps.run(attachSteps(this.native, config, target));
     }
     removePending(this.settings.runDir, key);
     const now = this.#withState((state) => this.native.getAttachment(state, key)) ?? record;
@@ -272,8 +276,8 @@ export class Agent {
       if (!inMesh) this.log.info({ pod: describePod(now) }, 'enrolled late');
     } catch (error) {
       if (!inMesh) {
-        detach(this.native, this.#directories(), key);
-        this.#recordOnly(now, key);
+        await this.steps.run(detachSteps(this.native, this.#directories(), key));
+        await this.#recordOnly(now, key);
       }
       throw error;
     }
@@ -474,6 +478,7 @@ export class Agent {
     const { native, log, metrics } = this;
     const truth = new Truth({
       native,
+      steps: this.steps,
       config: this.config,
       onDrift: ({ kind, ...what }) => {
         metrics.drift.inc({ kind });
@@ -497,6 +502,9 @@ export class Agent {
       [...this.registry.values()].filter(({ uid }) => this.#zds?.answerOf(uid) !== null).length,
     );
     metrics.pendingPods.set(countPending(this.settings.runDir));
+    metrics.markForgeable.set(this.forgeable === null ? 0 : 1);
+    metrics.ready.reset();
+    for (const [condition, reason] of this.readiness.all()) metrics.ready.set({ condition }, reason === null ? 1 : 0);
     metrics.attachments.reset();
     this.#withState((state) => {
       for (const { record } of this.native.listAttachments(state)) {
@@ -510,13 +518,16 @@ export class Agent {
     });
   }
 
-  /** The kernel's counters go with their pod; these do not. */
-  #countPackets(state: State): void {
+  /**
+   * The kernel's counters go with their pod; these do not. What was counted before this process (`isFirst`) is no
+   * increase: Prometheus takes a counter that starts anew for one that starts at 0.
+   */
+  #countPackets(state: State, isFirst = false): void {
     const seen = new Set<string>();
     for (const { ifindex, program, reason, packets, bytes } of this.native.counters(state)) {
       const key = `${ifindex} ${program} ${reason}`;
       seen.add(key);
-      const last = this.#counted.get(key);
+      const last = isFirst ? { packets, bytes } : this.#counted.get(key);
       // A smaller number: another pod has the interface's number by now.
       const before = last === undefined || last.packets > packets ? { packets: 0n, bytes: 0n } : last;
       this.metrics.packets.inc({ program, reason }, Number(packets - before.packets));
@@ -703,9 +714,10 @@ export class Agent {
     return { target: targetOf(key, record, 'pod'), config: this.config };
   }
 
-  #recordOnly(record: AttachmentRecord, key: AttachmentKey): void {
+  async #recordOnly(record: AttachmentRecord, key: AttachmentKey): Promise<void> {
     try {
-      attach(this.native, this.#targetOf(key, record).config, targetOf(key, record, 'none'));
+      const { config } = this.#targetOf(key, record);
+      await this.steps.run(attachSteps(this.native, config, targetOf(key, record, 'none')));
     } catch (error) {
       if (!(error instanceof CniError) || error.code !== Code.SANDBOX_NOT_FOUND) throw error;
     }

@@ -3,9 +3,34 @@
 // theirs to `registry`.
 
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client';
+import { ownVersion } from '../own-version.ts';
+import type { DriftKind } from './truth.ts';
+
+/** What the kernel can have otherwise than recorded, and what ztunnel can. */
+const DRIFTS: Readonly<Record<DriftKind | 'pod_gone' | 'pod_unknown' | 'pod_unacknowledged', 0>> = {
+  interface: 0,
+  program: 0,
+  link: 0,
+  map: 0,
+  rule: 0,
+  route: 0,
+  sysctl: 0,
+  listener: 0,
+  pod_gone: 0,
+  pod_unknown: 0,
+  pod_unacknowledged: 0,
+};
 
 export class AgentMetrics {
   readonly registry = new Registry();
+
+  readonly ready = this.#gauge('ambient_redirect_ready', '1 while this condition of /readyz holds, else 0', [
+    'condition',
+  ]);
+  readonly markForgeable = this.#gauge(
+    'ambient_redirect_mark_forgeable',
+    "1 while pods with CAP_NET_RAW can forge ztunnel's mark, as its cgroup is not known",
+  );
 
   /** Istio's: ztunnels that are connected */
   readonly ztunnelConnected = this.#gauge('ztunnel_connected', 'ztunnels connected to the ZDS socket');
@@ -55,6 +80,12 @@ export class AgentMetrics {
 
   constructor() {
     collectDefaultMetrics({ register: this.registry });
+    this.#gauge('ambient_redirect_build_info', '1; the version of the agent', ['version']).set(
+      { version: ownVersion() },
+      1,
+    );
+    // A counter that begins with its first event has no increase that Prometheus could see.
+    for (const kind of Object.keys(DRIFTS)) this.drift.inc({ kind }, 0);
   }
 
   #gauge<L extends string>(name: string, help: string, labelNames: L[] = []): Gauge<L> {

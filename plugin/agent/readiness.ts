@@ -22,11 +22,13 @@ export class Readiness {
     this.#conditions.delete(name);
   }
 
+  /** Every condition, with why it does not hold. */
+  all(): [condition: string, reason: string | null][] {
+    return [...this.#conditions].map(([condition, check]) => [condition, check()]);
+  }
+
   /** [] if ready */
   unready(): Unready[] {
-    return [...this.#conditions].flatMap(([condition, check]) => {
-      const reason = check();
-      return reason === null ? [] : [{ condition, reason }];
-    });
+    return this.all().flatMap(([condition, reason]) => (reason === null ? [] : [{ condition, reason }]));
   }
 }

@@ -5,11 +5,21 @@
 
 import { hex } from '../attachments.ts';
 import { listenerState } from '../cli/survey.ts';
-import { attach, describePod, type Finding, type FindingKind, inOwnNetns, isDead, verify } from '../datapath.ts';
+import {
+  attachSteps,
+  describePod,
+  type Finding,
+  type FindingKind,
+  inOwnNetns,
+  isDead,
+  targetOf,
+  verify,
+} from '../datapath.ts';
 import { isUninstalled } from '../install/entry.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.ts';
 import type { RedirectConfig } from '../redirect/config.ts';
 import { openState } from '../state.ts';
+import type { StepQueue } from '../steps.ts';
 
 export type DriftKind = FindingKind | 'listener';
 
@@ -24,6 +34,7 @@ export interface Drift {
 
 export interface TruthOptions {
   native: Native;
+  steps: StepQueue;
   config: RedirectConfig;
   onDrift: (drift: Drift) => void;
   onRepaired: (record: AttachmentRecord) => void;
@@ -154,7 +165,7 @@ export class Truth {
   }
 
   async #repair(state: State, key: AttachmentKey): Promise<void> {
-    const { native, config, onDrift, onRepaired, onUnrepaired } = this.#options;
+    const { native, steps, config, onDrift, onRepaired, onUnrepaired } = this.#options;
     await new Promise(setImmediate);
     const record = native.getAttachment(state, key);
     if (record?.state !== 'attached' || isUninstalled(config.runDir)) return;
@@ -163,30 +174,9 @@ export class Truth {
     const pod = describePod(record);
     for (const { kind, object, expected, found } of findings) onDrift({ kind, pod, object, expected, found });
     try {
-      attach(
-        native,
-        { ...config, proxy: { ...config.proxy, contract: record.contract } },
-        {
-          key,
-          network: record.network,
-          containerId: record.containerId,
-          ifname: record.ifname,
-          netnsPath: record.netnsPath,
-          resultAddresses: record.addresses,
-          pod: {
-            name: record.podName,
-            namespace: record.podNamespace,
-            uid: record.podUid,
-            serviceAccount: record.serviceAccount,
-          },
-          role: record.role,
-          strict: false,
-          shaped: false,
-          egressLimited: false,
-          bypassInbound: false,
-          asRecorded: true,
-        },
-      );
+      const wanted = { ...config, proxy: { ...config.proxy, contract: record.contract } };
+      const target = { ...targetOf(key, record, 'pod'), role: record.role, asRecorded: true };
+      await steps.run(attachSteps(native, wanted, target));
       onRepaired(record);
     } catch (error) {
       onUnrepaired(record, error as Error);

@@ -9,13 +9,14 @@
 
 import { attachmentKey, hex } from '../../attachments.ts';
 import { withWishes } from '../../commands/target.ts';
-import { attach, describePod, detachRecord, isDead, type Target, verify } from '../../datapath.ts';
-import { beginDrain, DRAIN_SETTLE_MS, endDrain, isDraining, proxiedConnections } from '../../drain.ts';
+import { attachSteps, describePod, detachRecordSteps, isDead, type Target, verify } from '../../datapath.ts';
+import { beginDrain, DRAIN_SETTLE_MS, endDrainSteps, isDraining, proxiedConnections } from '../../drain.ts';
 import { isUninstalled } from '../../install/entry.ts';
 import type { AttachmentRecord, Native, State } from '../../native.ts';
 import { trafficAnnotations } from '../../redirect/annotations.ts';
 import type { RedirectConfig } from '../../redirect/config.ts';
 import type { EnablementSelector } from '../../redirect/selectors.ts';
+import type { StepQueue } from '../../steps.ts';
 import { type Api, ApiError } from './api.ts';
 import { enrolmentOf } from './enrolment.ts';
 import { Mirror } from './mirror.ts';
@@ -40,6 +41,7 @@ export type LogLine = (
 
 export interface EnrollerOptions {
   native: Native;
+  steps: StepQueue;
   config: RedirectConfig;
   enablementSelectors?: readonly EnablementSelector[] | undefined;
   /** name of the network in the conflist: part of an attachment's key */
@@ -80,6 +82,9 @@ const EVENT_RETRY_MS = 15_000;
 /** metadata.uid is a UUID; this is what kubelet makes for a pod from a file. */
 const STATIC_UID = /^[0-9a-f]{32}$/;
 
+const ENROLMENT_EVENTS = ['attached', 'drained', 'detached', 'annotated', 'failed', 'found_open'] as const;
+type EnrolmentEvent = (typeof ENROLMENT_EVENTS)[number];
+
 /** Not a failure: what is waited for brings a change that comes here again. */
 class NotYet extends Error {}
 
@@ -87,8 +92,7 @@ export class Enroller {
   readonly pods: Mirror<KubernetesPod>;
   readonly namespaces: Mirror<KubernetesNamespace>;
   readonly queue: WorkQueue;
-  /** of "attached", "drained", "detached", "annotated", "failed", "found_open" */
-  readonly counts = new Map<string, number>();
+  readonly counts = new Map<EnrolmentEvent, number>(ENROLMENT_EVENTS.map((event) => [event, 0]));
   readonly #options: EnrollerOptions;
   /** by UID; those of the API's copy */
   readonly #byUid = new Map<string, KubernetesPod>();
@@ -338,7 +342,7 @@ export class Enroller {
         if (attachment?.record.role === 'pod') await this.#leave(pod, attachment, reason);
         // What drains needs the proxy still.
         else if (attachment?.record.role === 'proxy' && !isUninstalled(this.#options.config.runDir)) {
-          this.#dismiss(attachment, reason);
+          await this.#dismiss(attachment, reason);
         }
         continue;
       }
@@ -355,7 +359,7 @@ export class Enroller {
     role: 'pod' | 'proxy',
     reason: string,
   ): Promise<boolean> {
-    const { native, config, log, announce, compare } = this.#options;
+    const { native, steps, config, log, announce, compare } = this.#options;
     const { state, records } = this.#state();
     // It runs in the pods themselves, and its own pod is one like any that is not enrolled.
     if (role === 'proxy' && config.proxy.contract === 'in-pod') return true;
@@ -397,7 +401,9 @@ export class Enroller {
         const place = attachment ?? (await this.#find(pod, ifname));
         if (place === null) return false;
         const target = this.#target(pod, place, ifname, role);
-        record = attach(native, withWishes(config, wishes), { ...target, bypassInbound: wishes.bypassInbound });
+        record = await steps.run(
+          attachSteps(native, withWishes(config, wishes), { ...target, bypassInbound: wishes.bypassInbound }),
+        );
         key = target.key;
         records.note(key, record);
       } catch (error) {
@@ -490,7 +496,7 @@ export class Enroller {
 
   /** The annotation goes first; if it cannot, the pod leaves all the same, and the annotation is tried again. */
   async #leave(pod: KubernetesPod | null, attachment: Attachment, reason: string): Promise<void> {
-    const { native, config, log, onDetached } = this.#options;
+    const { native, steps, config, log, onDetached } = this.#options;
     const { key, record } = attachment;
     const failure =
       pod === null
@@ -513,8 +519,8 @@ export class Enroller {
         this.#later(pod?.uid ?? record.podUid, settled ? DRAIN_CHECK_MS : DRAIN_SETTLE_MS);
       } else {
         this.#drains.delete(hex(key));
-        if (pod === null) detachRecord(native, config, state, key, current);
-        else endDrain(native, config, state, key, current);
+        const end = pod === null ? detachRecordSteps : endDrainSteps;
+        await steps.run(end(native, config, state, key, current));
         this.#count('detached');
         onDetached?.(current);
         log('info', `detached ${describePod(record)}`, { uid: record.podUid });
@@ -524,10 +530,10 @@ export class Enroller {
   }
 
   /** The plugin, which knows a name only, has taken a pod for the proxy that is none. */
-  #dismiss({ key, record }: Attachment, reason: string): void {
-    const { native, config, log } = this.#options;
+  async #dismiss({ key, record }: Attachment, reason: string): Promise<void> {
+    const { native, steps, config, log } = this.#options;
     const { state } = this.#state();
-    detachRecord(native, config, state, key, record);
+    await steps.run(detachRecordSteps(native, config, state, key, record));
     const none = { state: 'recorded', role: 'none', flags: 0, hooks: [], programTag: '' } as const;
     native.putAttachment(state, key, { ...record, ...none, hooks: [] });
     this.#count('detached');
@@ -536,7 +542,7 @@ export class Enroller {
 
   /** A pod that the API does not have any more, or a record of one that this process has never seen. */
   async #forget(uid: string): Promise<void> {
-    const { native, config, api, pinned } = this.#options;
+    const { native, steps, config, api, pinned } = this.#options;
     if (pinned.current() === null) return;
     const gone = this.#gone.get(uid);
     const uids = gone === undefined ? [uid] : identitiesOf(gone);
@@ -546,7 +552,7 @@ export class Enroller {
       // A pod from a file is there without the API, too: its DEL says when it is not.
       if (gone === undefined && STATIC_UID.test(uid)) continue;
       if (isDead(native, record)) {
-        detachRecord(native, config, this.#state().state, key, record);
+        await steps.run(detachRecordSteps(native, config, this.#state().state, key, record));
         continue;
       }
       const path = `/api/v1/namespaces/${record.podNamespace}/pods/${record.podName}`;
@@ -622,7 +628,7 @@ export class Enroller {
     }
   }
 
-  #count(event: string): void {
+  #count(event: EnrolmentEvent): void {
     this.counts.set(event, (this.counts.get(event) ?? 0) + 1);
   }
 }

@@ -68,6 +68,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   });
   const enroller = new Enroller({
     native,
+    steps: agent.steps,
     config,
     enablementSelectors,
     network,
