@@ -4,7 +4,7 @@
 import { rmSync, writeFileSync } from 'node:fs';
 import { until } from '../netns.ts';
 import { isReady } from './cluster.ts';
-import { type Ground, ONE, PORT, SERVE, SHOP, TWO } from './ground.ts';
+import { type Ground, ONE, PORT, SERVER, SHOP, TWO } from './ground.ts';
 import { controller, pod, podSpec, REDIRECTION, role, SYSTEM } from './manifests.ts';
 import { address, ask, expectWay, logLines, sightings, urlOf } from './mesh.ts';
 
@@ -72,7 +72,7 @@ export async function churn(ground: Ground): Promise<void> {
     const node = cluster.node(TWO);
     const manifest = node.path('/etc/kubernetes/manifests/fixed.yaml');
     // A static pod cannot wait for a service account.
-    writeFileSync(manifest, JSON.stringify(pod({ namespace: SHOP, name: 'fixed', command: SERVE })));
+    writeFileSync(manifest, JSON.stringify(pod({ namespace: SHOP, name: 'fixed', ...SERVER })));
     const fixed = await cluster.untilReady(SHOP, `fixed-${TWO}`);
     await cluster.untilPod(
       SHOP,
@@ -181,7 +181,7 @@ async function failing(ground: Ground): Promise<void> {
     );
     // Who is enrolled stays enrolled.
     await ground.traffic(true, ['near']);
-    await cluster.apply(pod({ namespace: SHOP, name: 'late', node: ONE, command: SERVE }));
+    await cluster.apply(pod({ namespace: SHOP, name: 'late', node: ONE, ...SERVER }));
     await until(
       'kubelet tells of our error',
       async () => {

@@ -11,7 +11,8 @@ import { CHART, helmProgram } from '../chart/helm.ts';
 import { ControlPlane } from '../kubernetes/control-plane.ts';
 import { type ExecOptions, exec, must, type Running, type Testbed, until } from '../netns.ts';
 import { type NodePrograms, nodePrograms } from './build.ts';
-import { meshImage, ownImage } from './images.ts';
+import { meshImage } from './images.ts';
+import { currentImage, type Image, nextImage } from './next.ts';
 import { RealNode } from './node.ts';
 
 const CONTROL = '172.31.0.1';
@@ -43,11 +44,14 @@ export class Cluster {
   readonly plane: ControlPlane;
   readonly programs: NodePrograms;
   readonly nodes: RealNode[] = [];
+  /** of ours, on both nodes */
+  readonly images: { current: Image; next: Image };
   readonly kubeconfig: string;
   readonly #controllers: Running[] = [];
 
-  private constructor(testbed: Testbed, plane: ControlPlane, programs: NodePrograms) {
+  private constructor(testbed: Testbed, plane: ControlPlane, programs: NodePrograms, images: Cluster['images']) {
     this.testbed = testbed;
+    this.images = images;
     this.plane = plane;
     this.programs = programs;
     this.kubeconfig = join(plane.directory, 'admin.conf');
@@ -78,12 +82,10 @@ export class Cluster {
     }));
     const proxies = { token: 'kube-proxy-token', user: 'system:kube-proxy', groups: 'system:kube-proxies' };
     const plane = await ControlPlane.start(testbed, { address: CONTROL, tokens: [...kubelets, proxies] });
-    const cluster = new Cluster(testbed, plane, programs);
+    const cluster = new Cluster(testbed, plane, programs, { current: currentImage(), next: await nextImage() });
     cluster.#startControllers();
-    const images = await Promise.all([
-      meshImage(testbed.directory('mesh-image')),
-      ownImage(testbed.directory('own-image'), '1'),
-    ]);
+    const { current, next } = cluster.images;
+    const images = [await meshImage(testbed.directory('mesh-image')), current.archive, next.archive];
     const server = `https://${CONTROL}:${plane.port}`;
     await Promise.all(
       NODE_NAMES.map(async (name, index) => {

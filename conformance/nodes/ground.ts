@@ -3,9 +3,9 @@
 // What the sections of the life cycle share: the cluster, the pods that live through all of it, and the ways that their
 // traffic goes in either contract.
 
+import { HUB } from '../../deploy/image/reference.ts';
 import { until } from '../netns.ts';
 import { type Cluster, NODE_NAMES, type PodObject } from './cluster.ts';
-import { OWN_HUB } from './images.ts';
 import { MODE, pod, REDIRECTION, role, SYSTEM, type Workload } from './manifests.ts';
 import { expectWay, urlOf } from './mesh.ts';
 import type { Steps } from './steps.ts';
@@ -15,7 +15,12 @@ export type Contract = 'shared' | 'in-pod';
 export const SHOP = 'shop';
 export const PORT = 8080;
 export const [ONE, TWO] = NODE_NAMES;
-export const SERVE = role('serve', String(PORT));
+const SERVE = role('serve', String(PORT));
+/** A pod that answers, and is ready when it does. */
+export const SERVER = {
+  command: SERVE,
+  container: { readinessProbe: { tcpSocket: { port: PORT }, periodSeconds: 1 } },
+};
 
 /** A row of `pods -o json`. */
 export interface Row {
@@ -158,7 +163,7 @@ export class Ground {
   /** Arguments of helm install and upgrade for this contract. */
   release(tag: string): string[] {
     const values = [
-      `hub=${OWN_HUB}`,
+      `hub=${HUB}`,
       `tag=${tag}`,
       'pullPolicy=Never',
       // As Istio 1.20's document has it.

@@ -3,7 +3,7 @@
 
 import { until } from '../netns.ts';
 import type { PodObject } from './cluster.ts';
-import { type Ground, ONE, PORT, SERVE, SHOP, TWO } from './ground.ts';
+import { type Ground, ONE, PORT, SERVER, SHOP, TWO } from './ground.ts';
 import { clusterService, namespace, pod, role, SYSTEM, ztunnel } from './manifests.ts';
 import { address, ask, expectWay, logLines, sightings } from './mesh.ts';
 import { DNS_SERVICE } from './node.ts';
@@ -23,7 +23,7 @@ export async function before(ground: Ground): Promise<boolean> {
     ] as const;
     await cluster.apply(namespace(SHOP), namespace(SYSTEM));
     await cluster.apply(
-      ...names.map(([name, node]) => pod({ namespace: SHOP, name, node, command: SERVE })),
+      ...names.map(([name, node]) => pod({ namespace: SHOP, name, node, ...SERVER })),
       clusterService(SHOP, 'near', PORT),
       clusterService(SHOP, 'far', PORT),
     );
@@ -43,7 +43,7 @@ export async function install(ground: Ground): Promise<boolean> {
     await cluster.untilAllReady(SYSTEM, 'app=ztunnel', 2);
   });
   return step('helm install: the agent is ready on both nodes', async () => {
-    await cluster.helm(['install', ...ground.release('1')]);
+    await cluster.helm(['install', ...ground.release(cluster.images.current.version)]);
     await cluster.untilAllReady(SYSTEM, 'k8s-app=istio-cni-node', 2);
   });
 }

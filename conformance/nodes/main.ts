@@ -13,6 +13,7 @@ import { nodePrograms } from './build.ts';
 import { Cluster } from './cluster.ts';
 import { type Contract, Ground } from './ground.ts';
 import { lifeCycle } from './life-cycle.ts';
+import { currentImage, nextImage } from './next.ts';
 import { Steps } from './steps.ts';
 
 const { values } = parseArgs({
@@ -33,6 +34,8 @@ async function outside(): Promise<number> {
   const { kubelet } = await nodePrograms();
   const seconds = (performance.now() - begun) / 1000;
   if (seconds > 5) console.log(`built ${kubelet} in ${seconds.toFixed(0)} s`);
+  const { version } = await nextImage();
+  console.log(`images: ${currentImage().version}, and ${version} to upgrade to`);
   const argv = ['--net', '--', process.execPath, import.meta.filename, ...process.argv.slice(2), '--inside'];
   const child = spawn('unshare', argv, { stdio: 'inherit' });
   // The terminal sends SIGINT to both; this one waits for the other's clean-up.

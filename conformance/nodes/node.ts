@@ -276,6 +276,11 @@ export class RealNode {
     );
   }
 
+  /** SIGKILL to the processes whose command line begins so; throws if there is none. */
+  async killProcess(commandLine: string): Promise<void> {
+    await this.run(['pkill', '-KILL', '-f', `^(/[a-z/-]*/)?${commandLine}`]);
+  }
+
   /** Power off and on: what is not on the disk is gone. */
   async reboot(): Promise<void> {
     await this.#powerOff();
