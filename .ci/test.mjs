@@ -50,7 +50,7 @@ const isWanted = (...parts) =>
   filters.length === 0 || filters.some((filter) => parts.some((part) => filter.includes(part)));
 if (isWanted('kube', 'chart')) step('kube-apiserver', process.execPath, ['conformance/kubernetes/build.ts']);
 if (isWanted('chart', 'helm')) step('helm', process.execPath, ['conformance/chart/helm.ts']);
-if (step('build', process.execPath, ['.ci/build.mjs', 'executable', 'faults', 'asan'])) {
+if (step('build', process.execPath, ['.ci/build.mjs', 'executable', 'faults', 'asan', 'image'])) {
   const reports = [suite('tests', filters)];
   const native = globSync('native/**/*.test.ts').filter(
     (file) => filters.length === 0 || filters.some((filter) => file.includes(filter)),
