@@ -47,7 +47,7 @@ step('lint', join(BIN, 'biome'), ['check', '--error-on-warnings', '.']);
 // The API server takes minutes the first time, which no test's time limit is for; without Go there is none.
 const needsControlPlane = filters.length === 0 || filters.some((filter) => filter.includes('kube'));
 if (needsControlPlane) step('kube-apiserver', process.execPath, ['conformance/kubernetes/build.ts']);
-if (step('build', process.execPath, ['.ci/build.mjs', 'executable', 'faults', 'asan'])) {
+if (step('build', process.execPath, ['.ci/build.mjs', 'executable', 'faults', 'asan', 'image'])) {
   const reports = [suite('tests', filters)];
   const native = globSync('native/**/*.test.ts').filter(
     (file) => filters.length === 0 || filters.some((filter) => file.includes(filter)),

@@ -48,9 +48,13 @@ export async function installCommand(terminal: Terminal, values: Values<typeof I
     { ...options, binDir: cniBinDir, stateDir, runDir, wait, executable: ownExecutable() },
     () => terminal.err(`waiting for a network configuration in ${cniNetDir}\n`),
   );
-  for (const [dir, { attachments, maxPods }] of installed.migrated) {
+  for (const [dir, { attachments, capacity }] of installed.migrated) {
     if (attachments > 0) terminal.out(`${dir}: ${count(attachments, 'attachment')} with the programs of this build\n`);
-    if (maxPods !== undefined) terminal.out(`${dir}: room for ${count(maxPods, 'pod')}\n`);
+    if (capacity !== undefined) {
+      const { maxPods, maxFlows, directFlowsPerPod } = capacity;
+      const room = `${count(maxPods, 'pod')}, ${count(maxFlows, 'flow')}, ${count(directFlowsPerPod, 'direct flow')} of each pod`;
+      terminal.out(`${dir}: room for ${room}\n`);
+    }
   }
   terminal.out(`${cniBinDir}/ambient-redirect: ${installed.executableChanged ? 'installed' : 'unchanged'}\n`);
   terminal.out(`${cniNetDir}/${installed.name}: ${installed.notes.join(', ') || 'unchanged'}\n`);

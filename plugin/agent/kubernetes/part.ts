@@ -70,6 +70,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
     native,
     steps: agent.steps,
     config,
+    knowsEntry: conf !== undefined,
     enablementSelectors,
     network,
     pinned,
@@ -103,6 +104,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   // A ztunnel that has come takes what waited for one.
   agent.events.on('ztunnel', () => enroller.lookAtAll());
   agent.events.on('enrolled', ({ uid }) => enroller.look(uid));
+  agent.events.on('unenrolled', ({ uid }) => enroller.look(uid));
   agent.directories.unshift({
     find: async ({ namespace, name, uid }) => {
       const { enrolled, reason, serviceAccount } = await enroller.answer({ namespace, name, uid, ifname: 'eth0' });
