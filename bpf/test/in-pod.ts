@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The programs of the in-pod contract, one packet at a time. What needs a socket that a packet comes from, and what the
-// socket lookup does with a picked listener, is in conformance/e2e/inpod*.
+// The programs of the in-pod contract, one packet at a time. What needs a socket that a packet comes from is in
+// conformance/e2e/inpod*.
 
 import { join } from 'node:path';
 import { describe, test } from 'vitest';
@@ -48,6 +48,7 @@ import {
   UNMARKED,
   within,
 } from './in-pod-node.ts';
+import { inPodLookup } from './lookup.ts';
 import { drop, type Family, families, MARKS, type Outcome, pass, VERDICT } from './node.ts';
 import { NOT_TCP, notTcp, readable, TAGGED, tagged, unreadable } from './parse-cases.ts';
 
@@ -118,6 +119,8 @@ export function inPod(datapath: () => InPodDatapath): void {
     source: macText(Uint8Array.from([...datapath().sign, meaning])),
     destination: POD_MAC,
   });
+  inPodLookup(datapath);
+
   let fragment = 100;
   const nextId = () => {
     fragment += 1;

@@ -3,6 +3,7 @@
 
 import { dns } from './dns.ts';
 import { fragments } from './fragments.ts';
+import { proxyLookup } from './lookup.ts';
 import { type Datapath, drop, pass } from './node.ts';
 import { podEgress } from './pod-egress.ts';
 import { podIngress } from './pod-ingress.ts';
@@ -27,6 +28,7 @@ export function suite(datapath: (name: DatapathName) => Datapath): void {
   proxyGuard(standard);
   proxyIngress('with bpf_sk_assign, refused outside a hook', standard, drop('drop_redirect_failed'));
   proxyIngress('without bpf_sk_assign', noAssign, pass('proxy_assigned'));
+  proxyLookup(standard);
   noRedirectPeer(() => datapath('noPeer'));
   reset(standard);
   rules(standard);

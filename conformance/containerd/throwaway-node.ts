@@ -271,7 +271,8 @@ export class ThrowawayNode {
       if (performance.now() > deadline) throw new Error(`${this.name}: process ${this.pid} outlives SIGKILL`);
       Atomics.wait(tick, 0, 0, 5);
     }
-    for (const cgroup of this.cgroups()) removeCgroup(cgroup);
+    // A hierarchy that is mounted twice shows each directory twice.
+    for (const cgroup of this.cgroups()) if (existsSync(cgroup)) removeCgroup(cgroup);
   }
 
   /** The cgroup directories of this node's pods, one for each hierarchy. */

@@ -10,7 +10,7 @@
 //
 // A mutant needs no new addon: that of the fault injection takes the programs from $AMBIENT_REDIRECT_OBJECT. Only the
 // programs that the function is in are compiled and loaded again. Nor a new vitest: the tests of bpf/test/suite.ts and
-// in-pod.ts are run in one process (worker.ts), hooks.test.ts only on what they let live.
+// in-pod.ts are run in one process (worker.ts), hooks.test.ts and direct.test.ts only on what they let live.
 
 import { type ChildProcess, fork, spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
@@ -42,7 +42,7 @@ interface Explained {
 
 const ROOT = dirname(dirname(import.meta.dirname));
 const WORK = join(ROOT, 'build/mutate');
-const AT_HOOKS = ['bpf/test/hooks.test.ts'];
+const AT_HOOKS = ['bpf/test/hooks.test.ts', 'bpf/test/direct.test.ts'];
 const RUNS_OF_A_WORKER = 300;
 
 const { values } = parseArgs({
@@ -71,7 +71,7 @@ interface Found {
   /** The test that killed it: its name, and its fingerprint. */
   test?: string | undefined;
   killer?: string | undefined;
-  /** hooks.test.ts was run on it too. */
+  /** AT_HOOKS was run on it too. */
   hooks?: boolean;
 }
 interface Line extends Found {
@@ -171,9 +171,9 @@ async function run(): Promise<void> {
     if (known?.fate !== 'survived' || known.hooks || explanation(mutant) !== undefined) continue;
     if (performance.now() > end) break;
     const directory = join(WORK, 'hooks');
-    await compileIn(directory, programs.with('direct_flow').concat(programs.with(mutant.function)), mutant);
+    await compileIn(directory, programs.names, mutant);
     const fate = hooks(join(directory, 'redirect.bpf.o'));
-    record(mutant, { fate, hooks: true, ...(fate === 'killed' && { test: AT_HOOKS[0] }) });
+    record(mutant, { fate, hooks: true, ...(fate === 'killed' && { test: AT_HOOKS.join() }) });
     console.error(`at the hooks: ${fate}  ${place(mutant)}: ${change(mutant)}`);
   }
   summary(tried, performance.now() - started);
@@ -216,6 +216,7 @@ async function fateOf({ mutant, changed, object }: Compiled, judge: Judge): Prom
   let verdict = await judge.judge(order);
   // Once more, with nothing that an earlier run may have left: then it was the change.
   if (verdict.fate === 'disturbed') {
+    console.error(`once more: ${verdict.failure}`);
     judge.close();
     verdict = await judge.judge(order);
   }
@@ -271,7 +272,7 @@ class Judge {
   async #start(): Promise<void> {
     this.close();
     this.#left = RUNS_OF_A_WORKER;
-    this.#worker = fork(join(import.meta.dirname, 'worker.ts'), [], {
+    this.#worker = fork(join(import.meta.dirname, 'worker.ts'), [join(WORK, `learned-${now.everything}.json`)], {
       execArgv: ['--import', join(import.meta.dirname, 'hooks.ts')],
       env: environment(),
     });

@@ -5,7 +5,7 @@
 
 /** A definition begins in column 0 and ends with a brace in column 0. */
 const DEFINITION = /^(?:static |int )[^;{}]*?(\w+)\([^;{}]*?\)\n\{\n([\s\S]*?)^\}/gm;
-const PROGRAM = /^(SEC\("(tc|sk_lookup)"\)\nint (\w+)\([^;{}]*?\)\n\{\n)([\s\S]*?)^\}/gm;
+const PROGRAM = /^(SEC\("(tc|classifier|sk_lookup)"\)\nint (\w+)\([^;{}]*?\)\n\{\n)([\s\S]*?)^\}/gm;
 
 export class Programs {
   readonly #bodies = new Map<string, string>();
@@ -15,6 +15,10 @@ export class Programs {
     const text = [...sources.values()].join('\n').replaceAll(/\/\*[\s\S]*?\*\//g, '');
     for (const [, name = '', body = ''] of text.matchAll(DEFINITION)) this.#bodies.set(name, body);
     this.#names = [...text.matchAll(PROGRAM)].map(([, , , name = '']) => name);
+  }
+
+  get names(): readonly string[] {
+    return this.#names;
   }
 
   /** Programs that call this function, however deep, or are it. */
@@ -34,6 +38,6 @@ export class Programs {
 /** `source`, all programs but these doing nothing. */
 export function only(source: string, programs: readonly string[]): string {
   return source.replaceAll(PROGRAM, (whole, head: string, kind: string, name: string) =>
-    programs.includes(name) ? whole : `${head}\treturn ${kind === 'tc' ? -1 : 1};\n}`,
+    programs.includes(name) ? whole : `${head}\treturn ${kind === 'sk_lookup' ? 1 : -1};\n}`,
   );
 }

@@ -107,6 +107,30 @@ function show(value: unknown): string {
   return JSON.stringify(value, (_, one) => (typeof one === 'bigint' ? `${one}n` : one));
 }
 
+/** What is known of the tests, for the next process. */
+export interface Learned {
+  [fingerprint: string]: { programs: string[]; complete: boolean; kills: number; killsIn: [string, number][] };
+}
+
+export function learned(): Learned {
+  const entries = tests.map(({ fingerprint, programs, complete, kills, killsIn }) => [
+    fingerprint,
+    { programs: [...programs], complete, kills, killsIn: [...killsIn] },
+  ]);
+  return Object.fromEntries(entries) as Learned;
+}
+
+export function learn(from: Learned): void {
+  for (const one of tests) {
+    const known = from[one.fingerprint];
+    if (known === undefined) continue;
+    one.programs = new Set(known.programs);
+    one.complete = known.complete;
+    one.kills = known.kills;
+    one.killsIn = new Map(known.killsIn);
+  }
+}
+
 let current: Collected | undefined;
 
 /** The test that is running runs this program. */

@@ -4,13 +4,13 @@
 // is told. The other programs, and a state directory with its maps, stay until a test fails: a wrong program may have
 // left anything in them.
 
-import { rmSync } from 'node:fs';
+import { existsSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { inPod } from '../../bpf/test/in-pod.ts';
 import { InPodDatapath, InPodNode } from '../../bpf/test/in-pod-node.ts';
 import { Datapath, type Loaded, Node } from '../../bpf/test/node.ts';
 import { DATAPATHS, type DatapathName, suite } from '../../bpf/test/suite.ts';
 import type { ProgramName } from '../../plugin/native.ts';
-import { collected, type Failure, runCollected, usesProgram } from './vitest.ts';
+import { collected, type Failure, type Learned, learn, learned, runCollected, usesProgram } from './vitest.ts';
 
 /** `changed`: names of the programs that are to be taken from `object`. `place`: the function that was changed. */
 export type Order = { object: string; changed: string[]; place: string };
@@ -114,9 +114,17 @@ function verdictOf(failure: Failure | undefined): Omit<Verdict, 'spent'> {
   return { fate: mismatch ? 'killed' : 'disturbed', failure: message, test, killer: fingerprint };
 }
 
+// What the tests run, and how often they found something, outlives the process: for the order, and for leaving out tests that run none of the changed programs.
+const [, , memory = ''] = process.argv;
+if (existsSync(memory)) learn(JSON.parse(readFileSync(memory, 'utf8')) as Learned);
+const keep = () => writeFileSync(memory, JSON.stringify(learned()));
+
 process.on('message', (given: Order) => {
   judge(given).then(
-    (verdict) => process.send?.(verdict),
+    (verdict) => {
+      if (verdict.spent || verdict.fate === 'disturbed' || runs % 10 === 1) keep();
+      process.send?.(verdict);
+    },
     (error: unknown) => {
       console.error(error);
       process.exit(1);

@@ -8,7 +8,7 @@ import { removeRedirections } from '../agent/kubernetes/unannotate.ts';
 import type { EntryOptions } from '../install/entry.ts';
 import { ownExecutable } from '../install/executable.ts';
 import { install } from '../install/install.ts';
-import { uninstall } from '../install/uninstall.ts';
+import { installedAgain, uninstall } from '../install/uninstall.ts';
 import {
   type CONFLIST_SETTINGS,
   type DIRECTORY_SETTINGS,
@@ -61,7 +61,17 @@ export async function installCommand(terminal: Terminal, values: Values<typeof I
   return 0;
 }
 
+/** With `stay` until a signal. */
 export async function uninstallCommand(terminal: Terminal, values: Values<typeof UNINSTALL_SETTINGS>): Promise<0> {
+  const ended = new AbortController();
+  if (values.stay) for (const signal of ['SIGTERM', 'SIGINT']) process.once(signal, () => ended.abort());
+  do {
+    await uninstallOnce(terminal, values);
+  } while (values.stay && (await installedAgain(values.runDir, ended.signal)));
+  return 0;
+}
+
+async function uninstallOnce(terminal: Terminal, values: Values<typeof UNINSTALL_SETTINGS>): Promise<void> {
   const { cniNetDir, cniBinDir, nodeName } = values;
   const access = clusterAccess(values);
   if (access !== undefined && nodeName === '') {
@@ -85,5 +95,4 @@ export async function uninstallCommand(terminal: Terminal, values: Values<typeof
   terminal.out(`${count(pods.length, 'pod')} unenrolled\n`);
   if (executableKept === '') terminal.out(`removed ${cniBinDir}/ambient-redirect\n`);
   else terminal.err(`${cniBinDir}/ambient-redirect stays: ${executableKept}\n`);
-  return 0;
 }
