@@ -4,6 +4,7 @@
 import { Counter, Gauge, Histogram } from 'prom-client';
 import { hex } from '../../attachments.ts';
 import { CniError, Code } from '../../cni/errors.ts';
+import { rememberedInstall } from '../../install/entry.ts';
 import type { Agent } from '../agent.ts';
 import { entrySettings } from '../entry-settings.ts';
 import type { AgentSettings } from '../settings.ts';
@@ -70,7 +71,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
     native,
     steps: agent.steps,
     config,
-    knowsEntry: conf !== undefined,
+    knowsEntry: settings.conf !== undefined || rememberedInstall(settings.runDir) !== undefined,
     enablementSelectors,
     network,
     pinned,
