@@ -225,7 +225,7 @@ function onSignal(signal: NodeJS.Signals): void {
 }
 
 /** Names begin with `ar`, the pid in base 36 and a dot, so that leavings of a dead process can be told. */
-const owned = /^ar([0-9a-z]+)\./;
+const owned = /^ar([0-9a-z]+)\.[0-9a-f]{6}(?:\.|$)/;
 
 function deadOwner(name: string): boolean {
   const pid = owned.exec(name)?.[1];
