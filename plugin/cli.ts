@@ -104,6 +104,7 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
     .addOption(listOption('--exclude-outbound-ports <list>', 'ports and ranges, also 8000-8100', parsePortRange))
     .addOption(listOption('--exclude-outbound-cidrs <list>', 'destinations, as IP prefixes', parseCidr))
     .option('--dns-capture', "its DNS queries go to the proxy's DNS port")
+    .option('--no-drain', 'where its contract changes, cut connections that go through the proxy')
     .action(async (options: DirectoryOptions & TrafficOptions & { conf?: string; netns: string; ifname: string }) => {
       finish(await enroll(loadNative(), terminal, settingsOf(options), options));
     });

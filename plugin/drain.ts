@@ -71,6 +71,19 @@ export function proxiedConnections(native: Native, state: State, record: Attachm
   return found;
 }
 
+/** Begins, waits for what is under way, and returns how many sockets of the proxy's are left; 0: it can be detached. */
+export function startDrain(native: Native, dirs: Directories, key: AttachmentKey, record: AttachmentRecord): number {
+  const state = openState(native, dirs.stateDir);
+  if (state === null) return 0;
+  try {
+    beginDrain(native, dirs, state, key, record);
+    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, DRAIN_SETTLE_MS);
+    return proxiedConnections(native, state, record);
+  } finally {
+    native.closeState(state);
+  }
+}
+
 /** Takes the programs away; the pod stays recorded as one that is not enrolled while it is there. */
 export function endDrain(
   native: Native,

@@ -677,6 +677,65 @@ describe('shared and in-pod on one node', () => {
     const contracts = Object.fromEntries(list.map(({ name, contract, role }) => [name, `${contract} ${role}`]));
     expect(contracts).toMatchObject({ client: 'in-pod pod', server: 'shared pod', 'ztunnel-1': 'shared proxy' });
   });
+
+  describe('a pod changes its contract', () => {
+    const conf: Record<string, string> = {};
+    beforeAll(() => {
+      const directory = mesh.topology.testbed.directory('contracts');
+      for (const contract of ['shared', 'in-pod']) {
+        conf[contract] = join(directory, `${contract}.json`);
+        const proxy = { contract, match: { namespace: 'istio-system', name: 'ztunnel-*' } };
+        writeFileSync(conf[contract], JSON.stringify({ ...mesh.topology.entry(mesh.server), proxy }));
+      }
+    });
+    const enroll = (contract: string, ...more: string[]) =>
+      mesh.command('enroll', '--netns', mesh.server.netns.path, '--conf', conf[contract] ?? '', ...more);
+    const server = async () => {
+      const list = JSON.parse(await mesh.commanded('pods', '-o', 'json')) as { name: string }[];
+      return list.find(({ name }) => name === 'server');
+    };
+    const direct = async () => isDirect(await mesh.connect('server', mesh.address('outsider', 4)));
+
+    test('new connections go direct at once, those that its proxy has go on, and the next run ends it', async () => {
+      const held = await Promise.all(
+        families.flatMap((family) => [
+          mesh.connect('server', mesh.address('outsider', family)),
+          mesh.connect('outsider', mesh.address('server', family)),
+        ]),
+      );
+      const ends = ['server', 'outsider', 'server', 'outsider'] as const;
+      expect(held.map(isDirect)).toEqual([false, false, false, false]);
+      const { status, stderr } = await enroll('in-pod');
+      expect({ status, stderr }).toMatchObject({
+        status: 1,
+        stderr: expect.stringMatching(/default\/server leaves the contract "shared" first: .* \d+ sockets/),
+      });
+      expect(await server()).toMatchObject({ contract: 'shared', state: 'attached', draining: true });
+      expect(await direct()).toBe(true);
+      for (const [index, connection] of held.entries()) await mesh.exchanged(connection, ends[index] ?? 'server');
+      await until('the drain is over', async () => {
+        // It ends drains, and then exits 1 because what stands for the agent reports nothing.
+        await mesh.command('status');
+        return ((await server()) as { state?: string } | undefined)?.state === 'recorded';
+      });
+      expect(await direct()).toBe(true);
+    });
+
+    test('then it is in the other one, and --no-drain cuts', async () => {
+      await mesh.proxies.server.start();
+      expect(await enroll('in-pod')).toMatchObject({ status: 0 });
+      expect(await server()).toMatchObject({ contract: 'in-pod', state: 'attached' });
+      const held = await mesh.connect('server', mesh.address('outsider', 4));
+      expect(mesh.proxies.server.from(held.localPort)[0]?.listener).toBe('outbound');
+      expect(await enroll('shared', '--no-drain')).toMatchObject({ status: 0 });
+      expect(await server()).toMatchObject({ contract: 'shared', state: 'attached' });
+      await expect(mesh.endpoint('server').exchange(held, 1_000, 2_000)).rejects.toMatchObject({
+        code: expect.stringMatching(/^(ECONNRESET|EPIPE|ETIMEDOUT)$/),
+      });
+      expect(await direct()).toBe(false);
+      expect(haproxy.proxied().at(-1)).toMatchObject({ listener: 'outbound', client: mesh.address('server', 4) });
+    });
+  });
 });
 
 describe.each(hooks)('a macvlan interface, without a host-side peer, %s', (hook) => {

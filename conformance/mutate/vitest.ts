@@ -149,26 +149,38 @@ export async function runCollected(
   const concerned = tests.filter(({ programs, complete }) => !complete || changed.some((one) => programs.has(one)));
   const here = (one: Collected) => one.killsIn.get(place) ?? 0;
   for (const one of concerned.sort((a, b) => here(b) - here(a) || b.kills - a.kills)) {
-    current = one;
-    try {
-      for (let outer: Scope | undefined = one.scope; outer !== undefined; outer = outer.parent) {
-        for (const before of outer.before) {
-          if (before.done) continue;
-          before.done = true;
-          await before.body();
-        }
-      }
-      prepare();
-      await one.body();
-      one.complete = true;
-    } catch (error) {
-      const mismatch = error instanceof Mismatch;
-      if (mismatch) {
-        one.kills += 1;
-        one.killsIn.set(place, here(one) + 1);
-      }
-      return { test: one.name, fingerprint: one.fingerprint, error, mismatch };
+    const failure = await attempt(one, prepare);
+    if (failure === undefined) continue;
+    if (failure.mismatch) {
+      one.kills += 1;
+      one.killsIn.set(place, here(one) + 1);
     }
+    return failure;
   }
   return undefined;
+}
+
+/** Runs the test of this fingerprint once more. */
+export async function runAgain(fingerprint: string, prepare: () => void): Promise<Failure | undefined> {
+  const one = tests.find((test) => test.fingerprint === fingerprint);
+  return one && (await attempt(one, prepare));
+}
+
+async function attempt(one: Collected, prepare: () => void): Promise<Failure | undefined> {
+  current = one;
+  try {
+    for (let outer: Scope | undefined = one.scope; outer !== undefined; outer = outer.parent) {
+      for (const before of outer.before) {
+        if (before.done) continue;
+        before.done = true;
+        await before.body();
+      }
+    }
+    prepare();
+    await one.body();
+    one.complete = true;
+    return undefined;
+  } catch (error) {
+    return { test: one.name, fingerprint: one.fingerprint, error, mismatch: error instanceof Mismatch };
+  }
 }

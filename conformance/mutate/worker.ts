@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Runs the BPF-level suite again and again on the same nodes, each time with some programs taken from the object that it
-// is told. The other programs, and a state directory with its maps, stay until a test fails: a wrong program may have
-// left anything in them.
+// is told. The other programs, and a state directory with its maps, stay. A wrong program may have left anything in those:
+// the test that found it is run once more with the right ones, and where that fails everything is made anew.
 
 import { existsSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { inPod } from '../../bpf/test/in-pod.ts';
@@ -10,7 +10,16 @@ import { InPodDatapath, InPodNode } from '../../bpf/test/in-pod-node.ts';
 import { Datapath, type Loaded, Node } from '../../bpf/test/node.ts';
 import { DATAPATHS, type DatapathName, suite } from '../../bpf/test/suite.ts';
 import type { ProgramName } from '../../plugin/native.ts';
-import { collected, type Failure, type Learned, learn, learned, runCollected, usesProgram } from './vitest.ts';
+import {
+  collected,
+  type Failure,
+  type Learned,
+  learn,
+  learned,
+  runAgain,
+  runCollected,
+  usesProgram,
+} from './vitest.ts';
 
 /** `changed`: names of the programs that are to be taken from `object`. `place`: the function that was changed. */
 export type Order = { object: string; changed: string[]; place: string };
@@ -85,22 +94,35 @@ function ready<T extends Known>(name: string, make: () => T): T {
 suite((name: DatapathName) => ready(name, () => new Watched(node, seen, DATAPATHS[name], `run${runs}`)));
 inPod(() => ready('inPod', () => new WatchedInPod(inPodNode, seen, `run${runs}`)));
 
-async function judge(given: Order): Promise<Verdict> {
-  const before = Math.max(node.lastPort, inPodNode.lastPort);
+/** All tests that are concerned, or this one. */
+async function runWith(given: Order, fingerprint?: string): Promise<Failure | undefined> {
   order = given;
   runs += 1;
   current.clear();
-  const failure = await runCollected(order, () => {
+  const prepare = () => {
     for (const name of current) known.get(name)?.reset();
-  });
+  };
+  const failure = await (fingerprint === undefined ? runCollected(order, prepare) : runAgain(fingerprint, prepare));
   for (const one of known.values()) one.restore();
-  if (failure !== undefined) {
-    for (const { state, directory } of known.values()) {
-      node.native.closeState(state);
-      rmSync(directory, { recursive: true });
-    }
-    known.clear();
+  return failure;
+}
+
+function forget(): void {
+  for (const { state, directory } of known.values()) {
+    node.native.closeState(state);
+    rmSync(directory, { recursive: true });
   }
+  known.clear();
+}
+
+async function judge(given: Order): Promise<Verdict> {
+  const before = Math.max(node.lastPort, inPodNode.lastPort);
+  let failure = await runWith(given);
+  if (failure?.mismatch && (await runWith({ ...given, changed: [] }, failure.fingerprint)) !== undefined) {
+    forget();
+    failure = await runWith(given);
+  }
+  if (failure !== undefined && !failure.mismatch && !(failure.error instanceof Refused)) forget();
   const last = Math.max(node.lastPort, inPodNode.lastPort);
   most = Math.max(most, last - before);
   return { ...verdictOf(failure), spent: last + most > LAST_PORT };
@@ -122,7 +144,7 @@ const keep = () => writeFileSync(memory, JSON.stringify(learned()));
 process.on('message', (given: Order) => {
   judge(given).then(
     (verdict) => {
-      if (verdict.spent || verdict.fate === 'disturbed' || runs % 10 === 1) keep();
+      if (verdict.spent || verdict.fate === 'disturbed' || runs % 10 < 2) keep();
       process.send?.(verdict);
     },
     (error: unknown) => {

@@ -59,7 +59,10 @@ export class Load {
   /** Ends it, and throws if one request was lost, or one went another way; returns what it was. */
   async end({ way, lossy = false }: { way: 'direct' | 'proxied' | 'either'; lossy?: boolean }): Promise<string> {
     const ended = () => logLines(this.#ground.cluster, this.#pod).some((line) => line.ended !== undefined);
-    const deleted = this.#ground.delete(this.name);
+    const deleted = this.#ground.delete(this.name).then(
+      () => undefined,
+      (error: Error) => error,
+    );
     // kubelet removes the log with the pod, so it is read until then.
     let last = this.results();
     await until(
@@ -73,7 +76,8 @@ export class Load {
     );
     const now = this.results();
     const results = now.length >= last.length ? now : last;
-    await deleted;
+    const failure = await deleted;
+    if (failure !== undefined) throw failure;
     const failed = results.filter(({ error }) => error !== undefined);
     if (!lossy && failed.length > 0) {
       const [first] = failed;

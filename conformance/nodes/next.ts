@@ -38,7 +38,7 @@ export async function nextImage(): Promise<Image> {
   writeFileSync(join(directory, 'package-lock.json'), text('package-lock.json'));
   // Another object, so other programs to attach, which do the same.
   const source = join('bpf', 'redirect.bpf.c');
-  writeFileSync(join(directory, source), `${text(source)}\nconst char release[] SEC("release") = "${version}";\n`);
+  writeFileSync(join(directory, source), `${text(source)}\nconst char next_version[] SEC("next") = "${version}";\n`);
   const { GIT_DIR: _, ...env } = process.env;
   const argv = [process.execPath, join(directory, '.ci/build.mjs'), 'image'];
   const outcome = await exec(argv, { cwd: directory, timeout: 900_000, env: env as Record<string, string> });

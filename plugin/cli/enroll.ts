@@ -7,13 +7,16 @@ import { attachmentKey, hex } from '../attachments.ts';
 import { formatAddress, type IpPrefix } from '../cni/address.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import { attach, describePod, detach, isSameNetns, type Target } from '../datapath.ts';
+import { startDrain } from '../drain.ts';
 import type { AttachmentRecord, Native } from '../native.ts';
 import type { PortRange } from '../redirect/config.ts';
 import { mergeExclusions } from '../redirect/exclusions.ts';
 import { assertOtherNetns, openSandbox } from '../sandbox.ts';
 import { openState } from '../state.ts';
 import type { Settings } from './directories.ts';
+import { count } from './survey.ts';
 import type { Terminal } from './terminal.ts';
+import { tellAgent } from './unenroll.ts';
 
 export interface EnrollOptions {
   netns: string;
@@ -23,6 +26,8 @@ export interface EnrollOptions {
   serviceAccount?: string;
   uid?: string;
   containerId?: string;
+  /** Of a pod that changes its contract; default true, false cuts. */
+  drain?: boolean;
 }
 
 /** In addition to what the configuration says. */
@@ -33,7 +38,11 @@ export interface TrafficOptions {
   dnsCapture?: boolean;
 }
 
-/** For a pod that is enrolled already: its settings are replaced where they are, and no connection is cut. */
+/**
+ * For a pod that is enrolled already: its settings are replaced where they are, and no connection is cut. Another
+ * contract has other hooks and another proxy: the pod drains first, and is enrolled by the next call when it has. Throws
+ * what attach() does, and CniError 11 while it drains.
+ */
 export async function enroll(
   native: Native,
   terminal: Terminal,
@@ -51,6 +60,9 @@ export async function enroll(
     }),
   };
   const before = recordsOf(native, settings).find(({ key }) => hex(key) === hex(target.key))?.record;
+  if (before !== undefined && before.contract !== config.proxy.contract) {
+    await leaveContract(native, terminal, settings, target, before, options.drain !== false);
+  }
   const record = attach(native, config, target);
   if (record.contract === 'in-pod') {
     try {
@@ -69,6 +81,27 @@ export async function enroll(
     `enrolled ${describePod(record)}: ${record.ifname} (${addresses}) through ${record.hostIfname || 'programs in its namespace only'}\n`,
   );
   return 0;
+}
+
+async function leaveContract(
+  native: Native,
+  terminal: Terminal,
+  { config }: Settings,
+  { key }: Target,
+  record: AttachmentRecord,
+  drain: boolean,
+): Promise<void> {
+  if (record.role !== 'pod' || record.state !== 'attached') return;
+  const left = drain ? startDrain(native, config, key, record) : 0;
+  if (left > 0) {
+    throw new CniError(
+      Code.TRY_AGAIN_LATER,
+      `${describePod(record)} leaves the contract "${record.contract}" first: new connections go direct, ${count(left, 'socket')} of the proxy's for it left`,
+      'enroll it again when they are closed, or with --no-drain to cut them',
+    );
+  }
+  detach(native, config, key);
+  if (record.contract === 'in-pod') await tellAgent(terminal, config, record);
 }
 
 /**

@@ -5,9 +5,9 @@
 import { withdrawAttachment } from '../agent-client.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import { attach, describePod, detach, isSameNetns, targetOf } from '../datapath.ts';
-import { beginDrain, DRAIN_SETTLE_MS, endDrains, isDraining, proxiedConnections } from '../drain.ts';
+import { endDrains, isDraining, startDrain } from '../drain.ts';
 import type { AttachmentRecord, Native } from '../native.ts';
-import { type Directories, openState } from '../state.ts';
+import type { Directories } from '../state.ts';
 import type { Settings } from './directories.ts';
 import { recordsOf } from './enroll.ts';
 import { count } from './survey.ts';
@@ -37,7 +37,7 @@ export async function unenroll(
   const { stateDir, runDir } = settings.config;
   const dirs = { stateDir, runDir };
   for (const { key, record } of found) {
-    const left = options.drain === false ? 0 : drain(native, dirs, key, record);
+    const left = options.drain === false ? 0 : startDrain(native, dirs, key, record);
     if (left > 0) {
       terminal.out(
         `draining ${describePod(record)}: new connections go direct, ${count(left, 'socket')} of the proxy's for it left\n`,
@@ -64,25 +64,12 @@ export async function unenroll(
 }
 
 /** The programs are gone either way; an agent that is not there finds out when it is back. */
-async function tellAgent(terminal: Terminal, dirs: Directories, record: AttachmentRecord): Promise<void> {
+export async function tellAgent(terminal: Terminal, dirs: Directories, record: AttachmentRecord): Promise<void> {
   try {
     await withdrawAttachment(dirs, record);
   } catch (error) {
     if (!(error instanceof CniError)) throw error;
     terminal.err(`ztunnel hears later that ${describePod(record)} has left: ${error.message}\n`);
-  }
-}
-
-/** Sockets that are left; 0: it can be detached. */
-function drain(native: Native, dirs: Directories, key: Uint8Array, record: AttachmentRecord): number {
-  const state = openState(native, dirs.stateDir);
-  if (state === null) return 0;
-  try {
-    beginDrain(native, dirs, state, key, record);
-    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, DRAIN_SETTLE_MS);
-    return proxiedConnections(native, state, record);
-  } finally {
-    native.closeState(state);
   }
 }
 

@@ -61,13 +61,10 @@ securityContext:
   capabilities:
     drop: [ALL]
     add:
-      # Maps, programs and links.
-      - BPF
-      # Programs that read the kernel's memory by pointers of its own, and the ring of "trace".
-      - PERFMON
       # Links, qdiscs and filters of the node and of pods; rules and routes where a proxy listens.
       - NET_ADMIN
-      # Entering the network namespaces of pods; opening programs and links by their number.
+      # Entering the network namespaces of pods, for which there is none that allows less. It allows what BPF and PERFMON
+      # do: maps, programs, links.
       - SYS_ADMIN
       # /proc/PID/ns and /proc/1/root of processes with other rights: pods that no file leads to, ztunnel's cgroup.
       - SYS_PTRACE
