@@ -224,8 +224,8 @@ function onSignal(signal: NodeJS.Signals): void {
   process.kill(process.pid, signal);
 }
 
-/** Names begin with `ar`, the pid in base 36 and a dot, so that leavings of a dead process can be told. */
-const owned = /^ar([0-9a-z]+)\./;
+/** Names begin with a testbed's id, so that leavings of a dead process can be told, and other people's files from them. */
+const owned = /^ar([0-9a-z]+)\.[0-9a-f]{6}(?:\.|$)/;
 
 function deadOwner(name: string): boolean {
   const pid = owned.exec(name)?.[1];
