@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// node .ci/build.mjs [PART...]: builds what changed since the last run. Parts: addon, executable (both by default),
-// faults (addon and executable with fault injection, for tests), asan (addon under AddressSanitizer), image (OCI archive
-// of the executable, and its list of ingredients).
+// node .ci/build.mjs [PART...] [--output DIRECTORY]: builds what changed since the last run. Parts: addon, executable
+// (both by default), faults (addon and executable with fault injection, for tests), asan (addon under AddressSanitizer),
+// image (OCI archive of the executable, and its list of ingredients; into DIRECTORY if one is given).
 //
 // A part is up to date when the hash of all that goes into it is the one in build/stamps/. make decides what of the
 // addon to compile; the executable is put together only when a bundle, the addon or Node itself differs.
@@ -21,6 +21,7 @@ import {
 } from 'node:fs';
 import { createRequire } from 'node:module';
 import { basename, dirname, join, relative } from 'node:path';
+import { parseArgs } from 'node:util';
 import { LINKED, writeNotices } from './notices.mjs';
 
 const ROOT = dirname(import.meta.dirname);
@@ -49,7 +50,12 @@ function runLocked() {
   process.exit(status ?? 1);
 }
 
-async function build(parts) {
+async function build(args) {
+  const { values, positionals: parts } = parseArgs({
+    args,
+    allowPositionals: true,
+    options: { output: { type: 'string' } },
+  });
   const wanted = new Set(parts.length > 0 ? parts : ['addon', 'executable']);
   for (const part of wanted) {
     if (!['executable', 'image'].includes(part) && !(part in TARGETS)) fail(`unknown part ${part}`);
@@ -62,7 +68,7 @@ async function build(parts) {
     if (wanted.has('executable')) await buildExecutable('ambient-redirect', TARGETS.addon, bundles);
     if (wanted.has('faults')) await buildExecutable('ambient-redirect-faults', TARGETS.faults, bundles);
     writeNotices(ROOT, bundles.packages);
-    if (wanted.has('image')) await image('amd64', 'dist/ambient-redirect', bundles.packages);
+    if (wanted.has('image')) await image('amd64', 'dist/ambient-redirect', bundles.packages, values.output);
   }
 }
 
@@ -181,8 +187,8 @@ async function buildExecutable(name, target, { main, commandLine }) {
   console.error(`built ${output} in ${((performance.now() - started) / 1000).toFixed(1)} s`);
 }
 
-/** dist/ambient-redirect-image-ARCHITECTURE.tar and .cdx.json. */
-async function image(architecture, executable, packages) {
+/** dist/ambient-redirect-image-ARCHITECTURE.tar and .cdx.json; in another directory always made anew. */
+async function image(architecture, executable, packages, elsewhere) {
   // In TypeScript, which only the pinned Node reads.
   const { buildImage, imageInputs } = await import('../deploy/image/build.ts');
   const { imageArchive, imageSbom } = await import('../deploy/image/reference.ts');
@@ -197,12 +203,12 @@ async function image(architecture, executable, packages) {
       debian: installed(debian),
     })),
   };
-  const outputs = { archive: imageArchive(architecture), sbom: imageSbom(architecture) };
-  const sum = imageInputs(inputs);
-  if (existsSync(outputs.sbom) && upToDate(`image-${architecture}`, sum, outputs.archive)) return;
+  const outputs = { archive: imageArchive(architecture, elsewhere), sbom: imageSbom(architecture, elsewhere) };
+  const sum = elsewhere === undefined ? imageInputs(inputs) : undefined;
+  if (sum && existsSync(outputs.sbom) && upToDate(`image-${architecture}`, sum, outputs.archive)) return;
   const started = performance.now();
   await buildImage(inputs, outputs);
-  stamp(`image-${architecture}`, sum);
+  if (sum) stamp(`image-${architecture}`, sum);
   const megabytes = (statSync(outputs.archive).size / 1e6).toFixed(1);
   const seconds = ((performance.now() - started) / 1000).toFixed(1);
   console.error(`built ${relative(ROOT, outputs.archive)}, ${megabytes} MB, in ${seconds} s`);

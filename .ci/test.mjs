@@ -32,6 +32,7 @@ const PEERS = [
     pattern: /kube-apiserver/i,
     version: [process.execPath, 'conformance/kubernetes/build.ts'],
   },
+  { name: 'helm', pattern: /with helm/i, version: [process.execPath, 'conformance/chart/helm.ts'] },
 ];
 
 process.chdir(ROOT);
@@ -44,10 +45,12 @@ const timings = [];
 
 step('types', join(BIN, 'tsc'), ['--noEmit']);
 step('lint', join(BIN, 'biome'), ['check', '--error-on-warnings', '.']);
-// The API server takes minutes the first time, which no test's time limit is for; without Go there is none.
-const needsControlPlane = filters.length === 0 || filters.some((filter) => filter.includes('kube'));
-if (needsControlPlane) step('kube-apiserver', process.execPath, ['conformance/kubernetes/build.ts']);
-if (step('build', process.execPath, ['.ci/build.mjs', 'executable', 'faults', 'asan'])) {
+// The API server and helm take minutes the first time, which no test's time limit is for; without Go there are none.
+const isWanted = (...parts) =>
+  filters.length === 0 || filters.some((filter) => parts.some((part) => filter.includes(part)));
+if (isWanted('kube', 'chart')) step('kube-apiserver', process.execPath, ['conformance/kubernetes/build.ts']);
+if (isWanted('chart', 'helm')) step('helm', process.execPath, ['conformance/chart/helm.ts']);
+if (step('build', process.execPath, ['.ci/build.mjs', 'executable', 'faults', 'asan', 'image'])) {
   const reports = [suite('tests', filters)];
   const native = globSync('native/**/*.test.ts').filter(
     (file) => filters.length === 0 || filters.some((filter) => file.includes(filter)),

@@ -16,11 +16,23 @@
 #include "sockets.h"
 #include "verdict.h"
 
-static __always_inline int is_own(const struct run *r, const __u8 *address)
+/* The entry of an address that the pod of this hook has, else 0. */
+static __always_inline struct endpoint *own_endpoint(const struct run *r, const __u8 *address)
 {
 	struct endpoint *e = bpf_map_lookup_elem(&endpoints, address);
 
-	return e && e->ifindex == r->ifindex;
+	return e && e->ifindex == r->ifindex ? e : 0;
+}
+
+static __always_inline int is_own(const struct run *r, const __u8 *address)
+{
+	return own_endpoint(r, address) != 0;
+}
+
+/* A segment that opens nothing and that unjudgeable() and link_local() have nothing to say about. */
+static __always_inline int later_segment(const struct packet *p, enum kind kind)
+{
+	return kind == KIND_TCP && !is_syn(p) && !(p->flags & TCP_SYN && p->more_fragments) && !link_local(p);
 }
 
 /* Whatever is not TCP, and what claims to be TCP but cannot be judged as TCP. 1: judge on. Later fragments come before. */

@@ -23,6 +23,7 @@
 #include "decide.h"
 #include "dns.h"
 
+#define SOCK_STREAM 1
 #define SOCK_RAW 3
 /* In every network namespace. */
 #define LOOPBACK_IFINDEX 1
@@ -98,6 +99,21 @@ static __always_inline int from_proxy(struct __sk_buff *skb, const struct packet
 	return carries_nothing(p) && without_tcp_socket(skb);
 }
 
+/*
+ * Is it a TCP socket of the proxy that this packet still belongs to? The reference survives the way over a veth (4.19),
+ * though not every one beyond it, and nobody can give a packet a socket that did not send it.
+ */
+static __always_inline int sent_by_proxy_socket(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	if (sk)
+		sk = bpf_sk_fullsock(sk);
+	if (!sk || sk->type != SOCK_STREAM || sk->protocol != IPPROTO_TCP || !proxy_mark(sk->mark))
+		return 0;
+	return !check_cgroups() || bpf_sk_storage_get(&proxy_sockets, sk, 0, 0);
+}
+
 /* The proxy's listener of this port, which the caller releases. Nobody else's takes its place. */
 static __always_inline struct bpf_sock *proxy_listener(struct __sk_buff *skb, __u8 family, __s32 nsid, __u16 port)
 {
@@ -128,20 +144,25 @@ static __always_inline int proxy_listens(struct __sk_buff *skb, const struct pac
  * To the pod's own ingress. The destination MAC becomes its own, else its stack would see a packet for another host;
  * the source MAC stays its own, which is how inpod_ingress knows it from what has only the same mark.
  */
-static __always_inline int loop(const struct run *r, const struct interface *self, enum reason reason)
+static __always_inline int loop_to(const struct run *r, const __u8 *pod_mac, enum reason reason)
 {
 	struct fragment f = { .action = FRAGMENT_REDIRECT };
 	struct __sk_buff *skb = r->skb;
 	__u8 macs[12];
 
-	__builtin_memcpy(macs, self->pod_mac, 6);
-	__builtin_memcpy(macs + 6, self->pod_mac, 6);
+	__builtin_memcpy(macs, pod_mac, 6);
+	__builtin_memcpy(macs + 6, pod_mac, 6);
 	remember_fragment(r, &f);
 	if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
 		return drop(r, REASON_DROP_REDIRECT_FAILED);
 	count(r, reason);
 	skb->mark = mark_tproxy;
 	return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
+}
+
+static __always_inline int loop(const struct run *r, const struct interface *self, enum reason reason)
+{
+	return loop_to(r, self->pod_mac, reason);
 }
 
 /* ::1 is taken on no other device than lo, whose MAC is zero. */
@@ -356,14 +377,16 @@ static __always_inline struct flow *own_flow(const struct run *r, const struct t
 	return f && f->ifindex == r->ifindex ? f : 0;
 }
 
-static __always_inline int inpod_outbound(const struct run *r, struct packet *p, const struct interface *self)
+/* `own`: the entry of its source if that is the pod's. `unconnected`: no socket of this namespace has that connection. */
+static __always_inline int inpod_outbound(const struct run *r, struct packet *p, const struct interface *self,
+					  const struct endpoint *own, int unconnected)
 {
 	struct __sk_buff *skb = r->skb;
 	enum side side = self->flags & INTERFACE_DNS && p->tuple.destination_port == 53 ? DNS : OUTBOUND;
 	__u16 port = side == DNS ? self->dns : self->outbound;
 	struct tuple from_proxy = reversed(&p->tuple);
-	int own = is_own(r, p->tuple.source), connected;
 	struct bpf_sock_tuple socket;
+	int connected;
 	__u32 reason;
 
 	if (is_syn(p)) {
@@ -384,7 +407,7 @@ static __always_inline int inpod_outbound(const struct run *r, struct packet *p,
 	if (!own && !own_flow(r, &from_proxy) && !is_direct(r->ifindex, &p->tuple))
 		return drop(r, REASON_DROP_SPOOFED_SOURCE);
 	/* The proxy's end of the connection has the address that the pod's end is connected to. */
-	if (has_connection(skb, p, BPF_F_CURRENT_NETNS))
+	if (!unconnected && has_connection(skb, p, BPF_F_CURRENT_NETNS))
 		return loop(r, self, REASON_TO_PROXY_ESTABLISHED);
 	if (side == DNS) {
 		socket = p->socket;
@@ -412,20 +435,34 @@ SEC("tc")
 int inpod_egress(struct __sk_buff *skb)
 {
 	struct run r = { skb, skb->cb[0], INPOD_EGRESS, 0 };
+	struct endpoint *own = 0;
 	struct interface *self;
 	struct fragment *f;
 	struct packet p;
-	enum kind kind;
-	int verdict, trusted;
+	enum kind kind = KIND_OTHER;
+	int verdict, tagged, trusted = 0, later = 0;
 
 	skb->cb[0] = 0;
+	tagged = vlan_tagged(skb);
+	if (!tagged) {
+		kind = parse(skb, &p);
+		r.p = &p;
+		trusted = (kind == KIND_TCP || kind == KIND_UDP) && from_proxy(skb, &p);
+		later = later_segment(&p, kind) && !is_loopback(&p, p.tuple.source) && skb->mark != mark_bypass;
+	}
+	if (later) {
+		/* Nearly every packet. That the pod is enrolled its own address tells: nothing else is asked for. */
+		if (trusted)
+			return pass(&r, REASON_PASS_PROXY_OWN);
+		own = own_endpoint(&r, p.tuple.source);
+		if (own && has_connection(skb, &p, BPF_F_CURRENT_NETNS))
+			return loop_to(&r, own->pod_mac, REASON_TO_PROXY_ESTABLISHED);
+	}
 	self = bpf_map_lookup_elem(&interfaces, &r.ifindex);
 	if (!self)
 		return PASS;
-	if (vlan_tagged(skb))
+	if (tagged)
 		return drop(&r, REASON_DROP_VLAN_TAGGED);
-	kind = parse(skb, &p);
-	r.p = &p;
 	if (kind == KIND_LATER_FRAGMENT || kind == KIND_UDP_FRAGMENT) {
 		f = first_fragment(&r, &p);
 		if (f && f->action == FRAGMENT_DNS_ANSWER)
@@ -441,7 +478,6 @@ int inpod_egress(struct __sk_buff *skb)
 			return PASS;
 		}
 	}
-	trusted = (kind == KIND_TCP || kind == KIND_UDP) && from_proxy(skb, &p);
 	/* route_localnet lets such packets out that are to stay inside. */
 	if ((kind == KIND_TCP || kind == KIND_UDP) && is_loopback(&p, p.tuple.source)) {
 		if (trusted && self->dns && p.tuple.source_port == self->dns)
@@ -465,7 +501,9 @@ int inpod_egress(struct __sk_buff *skb)
 		skb->mark = 0;
 		return pass(&r, REASON_PASS_BYPASS);
 	}
-	return inpod_outbound(&r, &p, self);
+	if (!later)
+		own = own_endpoint(&r, p.tuple.source);
+	return inpod_outbound(&r, &p, self, own, later && own);
 }
 
 /* ---- what the pod receives --------------------------------------------------------------------------------------- */
@@ -576,13 +614,18 @@ static __always_inline int inpod_inbound(const struct run *r, struct packet *p, 
  * itself or is for its loopback. Every IPv4 packet is meant; of IPv6, where duplicate address detection may show the own
  * address, TCP and UDP.
  */
-static __always_inline __u32 smuggled(const struct run *r, const struct packet *p)
+static __always_inline __u32 smuggled(const struct run *r, const struct packet *p, enum kind kind)
 {
 	struct iphdr ip;
 	__be16 protocol;
 	__u8 source[16];
 
-	if (bpf_skb_load_bytes(r->skb, 12, &protocol, sizeof(protocol)))
+	if (kind == KIND_TCP && p->family == 4) {
+		if (is_loopback(p, p->tuple.destination) || is_loopback(p, p->tuple.source))
+			return REASON_DROP_NOT_OUR_ADDRESS;
+		return is_own(r, p->tuple.source) ? REASON_DROP_SPOOFED_SOURCE : 0;
+	}
+	if (copy_words2(r->skb, offsetof(struct ethhdr, h_proto), &protocol, 1))
 		return 0;
 	if (protocol == bpf_htons(ETH_P_IP) && !bpf_skb_load_bytes(r->skb, sizeof(struct ethhdr), &ip, sizeof(ip))) {
 		if ((bpf_ntohl(ip.daddr) >> 24) == 127 || (bpf_ntohl(ip.saddr) >> 24) == 127)
@@ -626,7 +669,7 @@ int inpod_ingress(struct __sk_buff *skb)
 	r.p = &p;
 	if (looped)
 		return inpod_looped(&r, &p, self, kind);
-	reason = smuggled(&r, &p);
+	reason = smuggled(&r, &p, kind);
 	if (reason)
 		return drop(&r, reason);
 	if (kind == KIND_LATER_FRAGMENT) {
@@ -722,6 +765,8 @@ int inpod_guard(struct __sk_buff *skb)
 		return drop(&r, REASON_DROP_FORGED_SIGN);
 	if (vlan_tagged(skb))
 		return drop(&r, REASON_DROP_VLAN_TAGGED);
+	if (sent_by_proxy_socket(skb))
+		return PASS;
 	kind = parse(skb, &p);
 	r.p = &p;
 	if (kind == KIND_LATER_FRAGMENT) {

@@ -410,14 +410,14 @@ int pod_egress(struct __sk_buff *skb)
 {
 	struct run r = { skb, skb->ifindex, POD_EGRESS, 0 };
 	struct interface *self;
-	struct proxies *all;
+	struct proxies *all = 0;
 	struct packet p;
 	struct proxy *z;
 	struct tuple from_proxy;
 	struct flow *f;
-	enum kind kind;
+	enum kind kind = KIND_OTHER;
 	enum side side;
-	int verdict, own;
+	int verdict, tagged, own = 0, later = 0;
 
 	if (skb->mark == mark_bypass) {
 		/* reinject() sent it; the frame may have been for the proxy's gateway. */
@@ -425,13 +425,25 @@ int pod_egress(struct __sk_buff *skb)
 		bpf_skb_change_type(skb, 0);
 		return pass(&r, REASON_PASS_BYPASS);
 	}
+	tagged = vlan_tagged(skb);
+	if (!tagged) {
+		kind = parse(skb, &p);
+		r.p = &p;
+		later = later_segment(&p, kind);
+		if (later) {
+			/* Nearly every packet. That the pod is enrolled its own address tells: nothing else is asked for. */
+			all = all_proxies();
+			own = is_own(&r, p.tuple.source);
+			z = all && own ? proxy_of_flow(skb, &p, all) : 0;
+			if (z)
+				return to_proxy(&r, z, REASON_TO_PROXY_ESTABLISHED, SIGN_ESTABLISHED);
+		}
+	}
 	self = bpf_map_lookup_elem(&interfaces, &r.ifindex);
 	if (!self)
 		return PASS;
-	if (vlan_tagged(skb))
+	if (tagged)
 		return drop(&r, REASON_DROP_VLAN_TAGGED);
-	kind = parse(skb, &p);
-	r.p = &p;
 	if (kind == KIND_UDP && self->flags & INTERFACE_DNS && p.tuple.destination_port == 53 && !p.more_fragments)
 		return capture_query(&r, &p, self);
 	if (kind == KIND_LATER_FRAGMENT)
@@ -441,28 +453,30 @@ int pod_egress(struct __sk_buff *skb)
 		return verdict;
 	if (link_local(&p))
 		return pass(&r, REASON_PASS_LINK_LOCAL);
-	all = all_proxies();
 	side = self->flags & INTERFACE_DNS && p.tuple.destination_port == 53 ? DNS : OUTBOUND;
-	own = is_own(&r, p.tuple.source);
 	from_proxy = reversed(&p.tuple);
-	if (kind == KIND_ICMP_ERROR) {
-		z = all && own ? proxy_of_flow(skb, &p, all) : 0;
-		if (!z)
-			return pass(&r, REASON_PASS_NOT_TCP);
-		return to_proxy(&r, z, REASON_TO_PROXY_ICMP_ERROR, SIGN_ICMP);
+	if (!later) {
+		all = all_proxies();
+		own = is_own(&r, p.tuple.source);
 	}
 	if (is_syn(&p)) {
 		if (!own)
 			return drop(&r, REASON_DROP_SPOOFED_SOURCE);
 		return new_connection(&r, &p, self, all, &p.tuple, &from_proxy, side);
 	}
-	if (!own) {
+	if (later && !own) {
 		/* An address that only the pod knows of (a VIP, SLAAC) may answer, on a flow that began towards it here. */
 		f = bpf_map_lookup_elem(&flows, &from_proxy);
 		if (!(f && f->ifindex == r.ifindex) && !is_direct(r.ifindex, &p.tuple))
 			return drop(&r, REASON_DROP_SPOOFED_SOURCE);
 	}
-	z = all ? proxy_of_flow(skb, &p, all) : 0;
+	/* Of such an address, and for an ICMP error of the pod's; else none was found above. */
+	z = all && later != own ? proxy_of_flow(skb, &p, all) : 0;
+	if (kind == KIND_ICMP_ERROR) {
+		if (!z)
+			return pass(&r, REASON_PASS_NOT_TCP);
+		return to_proxy(&r, z, REASON_TO_PROXY_ICMP_ERROR, SIGN_ICMP);
+	}
 	if (z)
 		return to_proxy(&r, z, REASON_TO_PROXY_ESTABLISHED, SIGN_ESTABLISHED);
 	if (has_connection(skb, &p, BPF_F_CURRENT_NETNS))

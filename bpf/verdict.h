@@ -60,16 +60,12 @@ static __always_inline struct fragment *first_fragment(const struct run *r, cons
 	return f && bpf_ktime_get_ns() - f->time < FRAGMENT_LIFETIME ? f : 0;
 }
 
-/* Costs one array lookup while nobody listens. */
-static __always_inline void report(struct __sk_buff *skb, const struct counter_key *key, const struct packet *p)
+static __always_inline void send_event(struct __sk_buff *skb, const struct counter_key *key, const struct packet *p,
+				       struct trace *t)
 {
-	__u32 zero = 0;
-	struct trace *t = bpf_map_lookup_elem(&trace, &zero);
 	struct event e = {};
 	long failed;
 
-	if (!t || !t->on || (t->ifindex && t->ifindex != key->ifindex) || (t->reason && t->reason != key->reason))
-		return;
 	e.time = bpf_ktime_get_ns();
 	e.ifindex = key->ifindex;
 	e.program = key->program;
@@ -87,6 +83,17 @@ static __always_inline void report(struct __sk_buff *skb, const struct counter_k
 		failed = bpf_perf_event_output(skb, &events, BPF_F_CURRENT_CPU, &e, sizeof(e));
 	if (failed)
 		__sync_fetch_and_add(&t->lost, 1);
+}
+
+/* Costs a load from an array's only element while nobody listens: the verifier makes its lookup an address. */
+static __always_inline void report(struct __sk_buff *skb, const struct counter_key *key, const struct packet *p)
+{
+	__u32 zero = 0;
+	struct trace *t = bpf_map_lookup_elem(&trace, &zero);
+
+	if (!t || !t->on || (t->ifindex && t->ifindex != key->ifindex) || (t->reason && t->reason != key->reason))
+		return;
+	send_event(skb, key, p, t);
 }
 
 /* ---- counters ---------------------------------------------------------------------------------------------------- */

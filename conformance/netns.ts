@@ -224,8 +224,11 @@ function onSignal(signal: NodeJS.Signals): void {
   process.kill(process.pid, signal);
 }
 
-/** Names begin with a testbed's id, so that leavings of a dead process can be told, and other people's files from them. */
-const owned = /^ar([0-9a-z]+)\.[0-9a-f]{6}(?:\.|$)/;
+/**
+ * Names begin with a testbed's id (`ar`, the pid in base 36, a dot, six hex digits), so that leavings of a dead process can
+ * be told, and are not taken for what somebody called "arm.txt".
+ */
+const owned = /^ar([0-9a-z]+)\.[0-9a-f]{6}(\.|-|$)/;
 
 function deadOwner(name: string): boolean {
   const pid = owned.exec(name)?.[1];

@@ -413,13 +413,24 @@ Napi::Value openStateOver(const Info &info) {
 Napi::Value growState(const Info &info) {
   State &state = to_state(info);
   std::string dir = to_path(info[1], "dir");
-  auto grown = grow_state(state, dir, static_cast<uint32_t>(to_integer(info[2], "maxPods", 1, UINT32_MAX / 32)));
+  Fields wanted(info[2], "wanted");
+  Capacity larger = {};
+  larger.max_pods = static_cast<uint32_t>(wanted.integer("maxPods", 1, UINT32_MAX / 32));
+  larger.max_flows = static_cast<uint32_t>(wanted.integer("maxFlows", 1, UINT32_MAX));
+  larger.direct_flows = static_cast<uint32_t>(wanted.integer("directFlowsPerPod", 1, UINT32_MAX));
+  auto grown = grow_state(state, dir, larger);
   return array_of(info.Env(), grown, [&](const std::string &map) { return Napi::String::New(info.Env(), map); });
 }
 
 Napi::Value copyRecords(const Info &info) {
   State &from = to_state(info, 0, "from");
   copy_records(from, to_state(info, 1, "to"));
+  return info.Env().Undefined();
+}
+
+Napi::Value copyFlows(const Info &info) {
+  State &from = to_state(info, 0, "from");
+  copy_flows(from, to_state(info, 1, "to"));
   return info.Env().Undefined();
 }
 
@@ -1206,6 +1217,7 @@ const Export FUNCTIONS[] = {
     EXPORT(openStateOver),
     EXPORT(growState),
     EXPORT(copyRecords),
+    EXPORT(copyFlows),
     EXPORT(copyTraffic),
     EXPORT(writeCapacity),
     EXPORT(closeState),

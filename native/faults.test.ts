@@ -138,9 +138,19 @@ describe('every kernel call fails once', () => {
     const clear = () => {
       for (const name of readdirSync(next)) native.removeFile(join(next, name));
     };
-    failEach(() => native.growState(state, next, 64), clear);
+    const larger = { ...WANTED, maxPods: 64 };
+    failEach(() => native.growState(state, next, larger), clear);
     const grown = ['interfaces', 'endpoints', 'direct', 'exclusions', 'listeners', 'counters', 'attachments'];
-    expect(native.growState(state, next, 64)).toEqual(grown);
+    expect(native.growState(state, next, larger)).toEqual([...grown, 'settings']);
+    clear();
+    const more = { ...WANTED, maxFlows: WANTED.maxFlows * 2, directFlowsPerPod: WANTED.directFlowsPerPod * 2 };
+    expect(native.growState(state, next, more)).toEqual(['flows', 'direct', 'settings']);
+    const other = native.openStateOver(dir, next);
+    expect(native.settings(other)).toEqual({ ...native.settings(state), ...more, layout: native.layoutVersion });
+    failEach(() => native.copyFlows(state, other));
+    native.closeState(other);
+    clear();
+    native.growState(state, next, larger);
     failEach(() => native.closeState(native.openStateOver(dir, next)));
     const to = native.openStateOver(dir, next);
     const [key, id] = [bytes(32, 7), 7];

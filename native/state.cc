@@ -281,7 +281,9 @@ struct settings new_settings(const WantedState &wanted) {
 const char *map_name(Map map) { return SHAPES[map].name; }
 
 State::State(const std::string &dir, const std::string &over) {
-  auto settings = read_settings(dir, maps_[SETTINGS]);
+  std::optional<struct settings> settings;
+  if (!over.empty()) settings = read_settings(over, maps_[SETTINGS]);
+  if (!settings) settings = read_settings(dir, maps_[SETTINGS]);
   if (!settings) throw KernelError(ENOENT, "bpf(BPF_OBJ_GET)", dir + "/settings");
   settings_ = *settings;
   for (int i = 0; i < SETTINGS; i++) {
@@ -419,16 +421,27 @@ std::vector<std::string> keys(const State &state, Map map) {
   return found;
 }
 
-std::vector<std::string> grow_state(const State &state, const std::string &dir, uint32_t max_pods) {
+std::vector<std::string> grow_state(const State &state, const std::string &dir, const Capacity &larger) {
   struct settings wanted = state.settings();
-  wanted.max_pods = max_pods;
+  wanted.max_pods = larger.max_pods;
+  wanted.max_flows = larger.max_flows;
+  wanted.direct_flows = larger.direct_flows;
+  wanted.check_cgroups = checks_cgroups(state) ? 1 : 0;
   std::vector<std::string> grown;
-  for (Map map : {INTERFACES, ENDPOINTS, DIRECT, EXCLUSIONS, LISTENERS, COUNTERS, ATTACHMENTS}) {
+  for (Map map : {INTERFACES, ENDPOINTS, FLOWS, DIRECT, EXCLUSIONS, LISTENERS, COUNTERS, ATTACHMENTS}) {
     const std::string path = dir + "/" + SHAPES[map].name;
-    if (map_info(state.fd(map), path).max_entries >= capacity(map, wanted)) continue;
+    // The number of sets decides in which one a flow is.
+    const bool moves = map == DIRECT && direct_sets(wanted) != direct_sets(state.settings());
+    if (!moves && map_info(state.fd(map), path).max_entries >= capacity(map, wanted)) continue;
     pin_object(make_state_map(map, wanted, path).get(), path);
     grown.push_back(SHAPES[map].name);
   }
+  const std::string path = dir + "/" + SHAPES[SETTINGS].name;
+  Fd settings = make_state_map(SETTINGS, wanted, path);
+  uint32_t key = 0;
+  update(settings.get(), &key, &wanted, Update::any, "settings");
+  pin_object(settings.get(), path);
+  grown.push_back(SHAPES[SETTINGS].name);
   return grown;
 }
 
@@ -441,6 +454,7 @@ bool is_same(const State &a, const State &b, Map map) {
 }  // namespace
 
 void copy_records(const State &from, const State &to) {
+  if (!is_same(from, to, SETTINGS)) set_check_cgroups(to, checks_cgroups(from));
   for (Map map : {INTERFACES, ENDPOINTS, EXCLUSIONS, ATTACHMENTS}) {
     if (is_same(from, to, map)) continue;
     const char *name = SHAPES[map].name;
@@ -471,6 +485,24 @@ void copy_records(const State &from, const State &to) {
   }
 }
 
+// The attempts count as one kernel call.
+void copy_flows(const State &from, const State &to) {
+  if (is_same(from, to, FLOWS)) return;
+  struct flow value;
+  const std::vector<std::string> all = keys(from, FLOWS);
+  int result = kernel_call("bpf(BPF_MAP_UPDATE_ELEM)", [&] {
+    for (const std::string &key : all) {
+      if (bpf_map_lookup_elem(from.fd(FLOWS), key.data(), &value) < 0) {
+        if (errno != ENOENT) return -1;
+      } else if (bpf_map_update_elem(to.fd(FLOWS), key.data(), &value, BPF_NOEXIST) < 0 && errno != EEXIST) {
+        return -1;
+      }
+    }
+    return 0;
+  });
+  if (result < 0) throw KernelError(errno, "bpf(BPF_MAP_UPDATE_ELEM)", "map flows");
+}
+
 // The attempts of each map count as one kernel call.
 void copy_traffic(const State &from, const State &to, uint32_t ifindex) {
   auto copy = [&](Map map, const void *key, void *value) {
@@ -492,7 +524,7 @@ void copy_traffic(const State &from, const State &to, uint32_t ifindex) {
       return 0;
     }), COUNTERS);
   }
-  if (!is_same(from, to, DIRECT)) {
+  if (!is_same(from, to, DIRECT) && direct_sets(from.settings()) == direct_sets(to.settings())) {
     struct direct_set set;
     check(kernel_call("bpf(BPF_MAP_UPDATE_ELEM)", [&] {
       for (struct direct_key key = {ifindex, 0}; key.set < direct_sets(from.settings()); key.set++) {

@@ -71,11 +71,20 @@ struct WantedState {
 };
 void create_state(const std::string &dir, const WantedState &wanted);
 
-// Pins in `dir` new, empty maps for those of `state` that are too small for `max_pods`, and gives their names.
-std::vector<std::string> grow_state(const State &state, const std::string &dir, uint32_t max_pods);
+// What there is room for.
+struct Capacity {
+  uint32_t max_pods;
+  uint32_t max_flows;
+  uint32_t direct_flows;
+};
+// Pins in `dir` new maps for those of `state` that are too small, or whose entries would be elsewhere, and gives their
+// names. All are empty but the settings, which come last and say the new sizes.
+std::vector<std::string> grow_state(const State &state, const std::string &dir, const Capacity &wanted);
 // What only the control plane writes, in those maps that are not the same in both: `to` gets what `from` has.
 void copy_records(const State &from, const State &to);
-// What the programs write about one interface, as far as `to` has no such entry. They may go on meanwhile.
+// The flows through a proxy, as far as `to` has no such entry. The programs may go on meanwhile.
+void copy_flows(const State &from, const State &to);
+// What the programs write about one interface, in the same way; not its direct flows where `to` has other sets for them.
 void copy_traffic(const State &from, const State &to, uint32_t ifindex);
 // settings.max_pods becomes what the maps have room for.
 void write_capacity(const State &state);

@@ -227,9 +227,13 @@ const functions: Record<
   growState: [
     ['state', stateKind],
     ['dir', path],
-    ['maxPods', positive],
+    ['wanted', object(() => ({ maxPods: 1, maxFlows: 1, directFlowsPerPod: 1 }))],
   ],
   copyRecords: [
+    ['from', stateKind],
+    ['to', stateKind],
+  ],
+  copyFlows: [
     ['from', stateKind],
     ['to', stateKind],
   ],

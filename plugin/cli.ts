@@ -18,11 +18,19 @@ import { status } from './cli/status.ts';
 import { processTerminal, type Terminal } from './cli/terminal.ts';
 import { trace } from './cli/trace.ts';
 import { type UnenrollOptions, unenroll } from './cli/unenroll.ts';
+import { waitUninstalled } from './cli/wait-uninstalled.ts';
 import { CniError, Code } from './cni/errors.ts';
 import { runZtunnel, type ZtunnelProcessOptions } from './demo/ztunnel-process.ts';
 import { ownVersion } from './own-version.ts';
 import { parseCidr, parsePortRange } from './redirect/config.ts';
-import { INSTALL_SETTINGS, readSettings, type SettingTable, settingOptions, UNINSTALL_SETTINGS } from './settings.ts';
+import {
+  INSTALL_SETTINGS,
+  readSettings,
+  type SettingTable,
+  settingOptions,
+  UNINSTALL_SETTINGS,
+  WAIT_UNINSTALLED_SETTINGS,
+} from './settings.ts';
 
 const WRONG_USAGE = 2;
 
@@ -151,6 +159,12 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
     UNINSTALL_SETTINGS,
   ).action(async (options: Record<string, unknown>) => {
     finish(await uninstallCommand(terminal, readSettings(UNINSTALL_SETTINGS, options)));
+  });
+  tableOptions(
+    command(program, 'wait-uninstalled', 'until a DaemonSet of uninstalls has left every node; removes the agents'),
+    WAIT_UNINSTALLED_SETTINGS,
+  ).action(async (options: Record<string, unknown>) => {
+    finish(await waitUninstalled(terminal, readSettings(WAIT_UNINSTALLED_SETTINGS, options)));
   });
 
   const agentCommand = command(program, 'agent', 'the node agent: speaks to ztunnel (ZDS) and to the plugin');

@@ -49,6 +49,7 @@ import {
   knownStateDirs,
   openState,
   stepError,
+  supersededBy,
 } from './state.ts';
 import { runHere, type Steps, wait } from './steps.ts';
 import { addTproxy, deleteTproxy, needsTproxy } from './tproxy.ts';
@@ -74,6 +75,8 @@ export interface Target {
   bypassInbound: boolean;
   /** the flags and exclusions of the record and the maps stay, whatever the configuration says */
   asRecorded?: boolean;
+  /** by a process that may have outlived an upgrade: refused (11) where another build's programs are in place */
+  resident?: boolean;
 }
 
 /** What kind of kernel object differs. */
@@ -154,6 +157,8 @@ function* attachBeside(native: Native, config: RedirectConfig, target: Target): 
     const facts = readFacts(native, netns, target.netnsPath, target.ifname, target.shaped);
     const plan = planFor(native, config, target, facts);
     state = ensureState(native, config);
+    const superseded = target.resident === true ? supersededBy(native, state, config.stateDir) : null;
+    if (superseded !== null) throw new CniError(Code.TRY_AGAIN_LATER, 'another build has taken over', superseded);
     const programTag = ensurePrograms(native, state, config);
     if (plan.hooks.some(isStubbed)) assertSteering(native, state);
     removeDeadProxies(native, state, config.runDir);

@@ -1,24 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // An upgrade: the pinned programs of another build are replaced by this one's where they are attached, and maps that are
-// too small for "maxPods" by larger ones, while pods run. Alone on the node (state.ts, "alone"): ADD, DEL and GC wait.
+// too small for "maxPods", "maxFlows" or "directFlowsPerPod" by larger ones, while pods run. Alone on the node (state.ts, "alone"): ADD, DEL and GC wait.
 //
 // Programs know their maps for ever, so larger maps need programs of their own. What becomes larger is made beside the
 // old, in stateDir/next: maps, then programs; then next/complete says that all of it is there. From there on it is only
 // carried further, by this run or the next one: records are copied, link after link gets the new program, then the pins
 // take the old ones' places, then next/complete goes. Before it, next is thrown away. Maps that do not grow are the same
-// ones before and after, those of the flows through the proxy and of the stubs' jumps among them, so that it does not
-// matter in which order the programs of a flow are replaced.
+// ones before and after, those of the stubs' jumps among them. Flows through the proxy are in both maps while programs
+// are replaced, so that it does not matter in which order those of one flow are; one that begins between the two copies
+// is known by its sockets until then.
 //
 // Another layout needs a converter (from LAYOUT_VERSION 3 on; none before was released). There is none yet, because no
 // layout came after it: openState() refuses any other with code 104.
 
 import { existsSync, readdirSync } from 'node:fs';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import { hex, linkPin } from './attachments.ts';
 import { CniError, Code } from './cni/errors.ts';
 import { filterName, inOwnNetns, isSameHostLink } from './datapath.ts';
 import { isStubbed } from './in-pod.ts';
-import type { AttachmentKey, AttachmentRecord, HookRecord, Native, State } from './native.ts';
+import type { AttachmentKey, AttachmentRecord, Capacity, HookRecord, Native, State } from './native.ts';
 import { HOST } from './native.ts';
 import {
   alone,
@@ -31,22 +32,21 @@ import {
   stepError,
 } from './state.ts';
 
-export interface WantedCapacity extends Directories {
-  maxPods: number;
-}
+/** Room for fewer than there is now, or 0, means what there is. */
+export interface WantedCapacity extends Directories, Capacity {}
 
 export interface Migrated {
   /** attachments whose programs were replaced */
   attachments: number;
-  /** pods that there is room for now, if that is more than before */
-  maxPods?: number;
+  /** what there is room for now, if any of it is more than before */
+  capacity?: Capacity;
 }
 
 /** The pinned program that tells by being there that all are (native.loadPrograms). */
 const LAST_PROGRAM = 'proxy_ingress';
 
 /**
- * Brings a state directory to this build's programs, and to `maxPods` if it has room for fewer. Does nothing where there
+ * Brings a state directory to this build's programs, and to the room wanted if it has less. Does nothing where there
  * is none, or nothing to do. Each `step` is done when it is told. Throws CniError 103, 104 or 110.
  */
 export function migrateState(
@@ -61,7 +61,7 @@ export function migrateState(
     try {
       const migration = new Migration(native, stateDir, step, migrated);
       migration.resume();
-      migration.run(wanted.maxPods);
+      migration.run(wanted);
       return migrated;
     } catch (error) {
       throw stepError(Code.STATE_FAILED, `migrate the state in ${stateDir}`, error);
@@ -69,15 +69,19 @@ export function migrateState(
   });
 }
 
+export const NO_CAPACITY: Capacity = { maxPods: 0, maxFlows: 0, directFlowsPerPod: 0 };
+
 /** The same for every state directory that is in use; larger becomes the one that is wanted. By directory. */
 export function migrateAll(native: Native, wanted: WantedCapacity): Map<string, Migrated> {
   const { stateDir, runDir } = wanted;
   const others = knownStateDirs(runDir).filter((dir) => dir !== stateDir);
   return new Map([
     [stateDir, migrateState(native, wanted)],
-    ...others.map((dir) => [dir, migrateState(native, { stateDir: dir, runDir, maxPods: 0 })] as const),
+    ...others.map((dir) => [dir, migrateState(native, { ...NO_CAPACITY, stateDir: dir, runDir })] as const),
   ]);
 }
+
+const SIZES = ['maxPods', 'maxFlows', 'directFlowsPerPod'] as const;
 
 class Migration {
   readonly #native: Native;
@@ -102,15 +106,20 @@ class Migration {
     else this.#remove(this.#next);
   }
 
-  run(maxPods: number): void {
+  run(wanted: Capacity): void {
     const native = this.#native;
     const state = openState(native, this.#stateDir);
     if (state === null) return;
     try {
       const settings = native.settings(state);
       const tag = programTag(native, settings);
-      if (maxPods > settings.maxPods) {
-        this.#prepare(state, tag, maxPods);
+      const larger = {
+        maxPods: Math.max(wanted.maxPods, settings.maxPods),
+        maxFlows: Math.max(wanted.maxFlows, settings.maxFlows),
+        directFlowsPerPod: Math.max(wanted.directFlowsPerPod, settings.directFlowsPerPod),
+      };
+      if (SIZES.some((size) => larger[size] > settings[size])) {
+        this.#prepare(state, tag, larger);
         this.#carryOver();
       } else {
         this.#replacePrograms(state, tag);
@@ -214,10 +223,10 @@ class Migration {
   // ---- larger maps -------------------------------------------------------------------------------------------------
 
   /** Makes stateDir/next, to its last pin. */
-  #prepare(state: State, tag: string, maxPods: number): void {
+  #prepare(state: State, tag: string, larger: Capacity): void {
     const native = this.#native;
     native.makeDirectory(this.#next, 0o700);
-    native.growState(state, this.#next, maxPods);
+    native.growState(state, this.#next, larger);
     this.#step('maps made');
     const grown = native.openStateOver(this.#stateDir, this.#next);
     try {
@@ -255,7 +264,8 @@ class Migration {
     this.#step('not complete any more');
     this.#remove(this.#next);
     const now = native.openState(this.#stateDir);
-    this.#migrated.maxPods = native.settings(now).maxPods;
+    const { maxPods, maxFlows, directFlowsPerPod } = native.settings(now);
+    this.#migrated.capacity = { maxPods, maxFlows, directFlowsPerPod };
     native.closeState(now);
   }
 
@@ -263,12 +273,14 @@ class Migration {
     const native = this.#native;
     const directory = join(this.#next, 'programs', tag);
     native.copyRecords(from, to);
+    native.copyFlows(from, to);
     this.#step('records copied');
     const attachments = native.listAttachments(to).filter(({ record }) => record.hooks.length > 0);
     const pods = attachments.filter(({ record }) => record.role === 'pod');
     // All at once by one jump: what they have counted, and whom they let go direct, is there before it.
     for (const { record } of pods.filter(({ record }) => record.contract === 'in-pod')) {
       native.copyTraffic(from, to, record.interfaceId);
+      this.#bringDirectFlows(from, to, record.interfaceId, directory);
     }
     this.#jump(to, directory);
     // What programs inside a proxy's namespace count has no interface of the node's.
@@ -276,17 +288,19 @@ class Migration {
     for (const { key, record } of attachments) {
       // As late as can be: what the old programs write after it is not there for the new ones until it is brought.
       native.copyTraffic(from, to, record.interfaceId);
+      if (record.role === 'pod') this.#bringDirectFlows(from, to, record.interfaceId, directory);
       this.#switch(to, key, record, directory, tag);
       if (record.role === 'pod') this.#bringDirectFlows(from, to, record.interfaceId, directory);
     }
     // What was running when it was replaced may still have put one in.
     native.waitForPrograms();
+    native.copyFlows(from, to);
     for (const { record } of pods) this.#bringDirectFlows(from, to, record.interfaceId, directory);
     this.#forgetOthers(to, new Set(attachments.map(({ record }) => record.interfaceId)));
     this.#step('programs switched');
   }
 
-  /** Flows that the old programs let go direct after they were copied. */
+  /** Flows that the old programs let go direct after they were copied, or that are in other sets now. */
   #bringDirectFlows(from: State, to: State, id: number, directory: string): void {
     const native = this.#native;
     const text = (flow: ReturnType<Native['directFlows']>[number]) =>
@@ -294,7 +308,10 @@ class Migration {
     const known = new Set(native.directFlows(to, id).map(text));
     const late = native.directFlows(from, id).filter((flow) => !known.has(text(flow)));
     if (late.length === 0) return;
-    const program = native.openProgram(join(directory, 'direct_import'));
+    const pin = join(directory, 'direct_import');
+    // An earlier run may have come as far as to rename it.
+    const renamed = join(this.#stateDir, 'programs', basename(directory), 'direct_import');
+    const program = native.openProgram(existsSync(pin) ? pin : renamed);
     try {
       for (const flow of late) native.importDirectFlow(program, id, flow);
     } finally {

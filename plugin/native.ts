@@ -131,6 +131,9 @@ export interface StateSettings {
   checkCgroups: boolean;
 }
 
+/** What maps have room for. */
+export type Capacity = Pick<StateSettings, 'maxPods' | 'maxFlows' | 'directFlowsPerPod'>;
+
 /** Opened pins of one state directory; release with closeState(). */
 export type State = { readonly __state: unique symbol };
 
@@ -398,13 +401,15 @@ export interface Native {
   /** The same, with the maps that are pinned in `over` in the place of those in `dir`. */
   openStateOver(dir: string, over: string): State;
   /**
-   * Pins in `dir` new, empty maps for those of `state` that have not room for `maxPods`; their names. EEXIST: a pin is
-   * there already.
+   * Pins in `dir` new maps for those of `state` that have not the room wanted; their names. All are empty but
+   * "settings", which is always among them and says the sizes wanted. EEXIST: a pin is there already.
    */
-  growState(state: State, dir: string, maxPods: number): string[];
+  growState(state: State, dir: string, wanted: Capacity): string[];
   /** Attachments, interfaces, endpoints and exclusions of `to` become those of `from`, where the maps are not the same. */
   copyRecords(from: State, to: State): void;
-  /** Counters and direct flows of one interface, or counters of 0; entries that `to` has already stay. */
+  /** Flows through a proxy; entries that `to` has already stay. */
+  copyFlows(from: State, to: State): void;
+  /** Counters and, unless `directFlowsPerPod` differs, direct flows of one interface, or counters of 0; entries that `to` has already stay. */
   copyTraffic(from: State, to: State, ifindex: number): void;
   /** settings.maxPods becomes what the maps have room for */
   writeCapacity(state: State): void;

@@ -17,12 +17,13 @@ import {
   type SettingTable,
   settingOptions,
   UNINSTALL_SETTINGS,
+  WAIT_UNINSTALLED_SETTINGS,
 } from './settings.ts';
 
 const root = mkdtempSync(join(tmpdir(), 'ambient-redirect-settings-'));
 afterAll(() => rmSync(root, { recursive: true, force: true }));
 
-const tables = { ...INSTALL_SETTINGS, ...UNINSTALL_SETTINGS, ...MESH_SETTINGS };
+const tables = { ...INSTALL_SETTINGS, ...UNINSTALL_SETTINGS, ...MESH_SETTINGS, ...WAIT_UNINSTALLED_SETTINGS };
 
 test('each setting is called as its flag', () => {
   const attributes = settingOptions(tables).map((option) => option.attributeName());

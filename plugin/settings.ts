@@ -267,6 +267,41 @@ export const UNINSTALL_SETTINGS = {
     "libcni's cache: CRI-O's DEL calls what is written there",
     directory,
   ),
+  stay: setting(
+    '--stay [boolean]',
+    ['AMBIENT_REDIRECT_STAY'],
+    'false',
+    'go on until SIGTERM, and do it again whenever install is run',
+    boolean,
+  ),
+} as const satisfies SettingTable;
+
+/** Of `wait-uninstalled`, the last step of `helm uninstall`. */
+export const WAIT_UNINSTALLED_SETTINGS = {
+  kubeApi: KUBERNETES_SETTINGS.kubeApi,
+  kubeCaFile: KUBERNETES_SETTINGS.kubeCaFile,
+  kubeTokenFile: KUBERNETES_SETTINGS.kubeTokenFile,
+  daemonSet: setting(
+    '--daemon-set <namespace/name>',
+    ['AMBIENT_REDIRECT_UNINSTALL_DAEMON_SET'],
+    '',
+    'its pods run uninstall as an init container, and then stay: a pod that is ready has left its node',
+    String,
+  ),
+  agents: setting(
+    '--agents <namespace/name>',
+    ['AMBIENT_REDIRECT_AGENT_DAEMON_SET'],
+    '',
+    'the DaemonSet of the agents, which is deleted when every node is left, so that no new node gets one',
+    String,
+  ),
+  timeout: setting(
+    '--timeout <seconds>',
+    ['AMBIENT_REDIRECT_UNINSTALL_TIMEOUT'],
+    '240',
+    'after which it fails and nothing is deleted; a number of seconds, or forever',
+    seconds,
+  ),
 } as const satisfies SettingTable;
 
 /** Of the agent's files and decisions; its other settings are in plugin/agent/. */

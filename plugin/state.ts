@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The state directory on bpffs: pinned maps, programs and links. Opened by every verb, created by the first ADD.
 
-import { appendFileSync, existsSync, readFileSync } from 'node:fs';
+import { appendFileSync, existsSync, readdirSync, readFileSync, statSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { CniError, Code } from './cni/errors.ts';
 import type { Native, NativeError, State, StateSettings } from './native.ts';
@@ -102,6 +102,24 @@ export function alone<T>(native: Native, runDir: string, body: () => T): T {
   }
 }
 
+/**
+ * Nobody is in beside() at this moment, nor was anybody who began at `since` (seconds since the epoch): whoever wrote
+ * then that he is at work was killed. false also where that cannot be told. Not to be asked from within beside().
+ */
+export function isNobodyBeside(native: Native, runDir: string, since: number): boolean {
+  const path = migrationLock(runDir);
+  // Before the lock was there nobody could hold it.
+  const made = statSync(path, { throwIfNoEntry: false })?.birthtimeMs;
+  if (made === undefined || made > since * 1_000) return false;
+  try {
+    native.close(native.lockFile(path, 0));
+    return true;
+  } catch (error) {
+    if (hasCode(error, 'ETIMEDOUT')) return false;
+    throw error;
+  }
+}
+
 function migrationLock(runDir: string): string {
   return join(runDir, 'migration.lock');
 }
@@ -146,6 +164,19 @@ export function ensureState(native: Native, config: RedirectConfig): State {
 /** The programs' directory name: which object, which forced variant. */
 export function programTag(native: Native, settings: StateSettings): string {
   return settings.variant === 0 ? native.objectId : `${native.objectId}-v${settings.variant}`;
+}
+
+/**
+ * Why a process of this build is to attach nothing here any more, or null: another build has put its programs in the
+ * place of this one's, as `install` does before it places the executable. Whoever attaches this one's again would have
+ * all pods of the contract in-pod go on with them, by the jump maps.
+ */
+export function supersededBy(native: Native, state: State, stateDir: string): string | null {
+  const directory = join(stateDir, 'programs');
+  const present = existsSync(directory) ? readdirSync(directory) : [];
+  const own = programTag(native, native.settings(state));
+  if (present.length === 0 || present.includes(own)) return null;
+  return `${directory} has the programs of another build (${present.join(', ')}), this process is of ${own}: it is to be replaced, and attaches nothing until then`;
 }
 
 /** Programs are loaded once for a state directory and then only opened. Throws CniError 102, 103. */

@@ -56,7 +56,16 @@ export class StepQueue {
 
   /** Rejects with what the steps throw. */
   run<T>(steps: Steps<T>): Promise<T> {
-    const run = this.#last.then(() => runAside(steps));
+    return this.#append(() => runAside(steps));
+  }
+
+  /** Calls `body` when no steps are under way. */
+  between<T>(body: () => T): Promise<T> {
+    return this.#append(async () => body());
+  }
+
+  #append<T>(body: () => Promise<T>): Promise<T> {
+    const run = this.#last.then(body);
     this.#last = run.catch(() => {});
     return run;
   }

@@ -16,7 +16,7 @@ export type PodSandboxConfig = {
   linux?: {
     cgroup_parent?: string;
     security_context?: {
-      namespace_options?: { network?: 'POD' | 'NODE'; pid?: 'POD' | 'CONTAINER' };
+      namespace_options?: { network?: 'POD' | 'NODE'; pid?: 'POD' | 'CONTAINER' | 'NODE' };
       privileged?: boolean;
     };
   };
@@ -28,7 +28,21 @@ export type ContainerConfig = {
   command?: string[];
   args?: string[];
   envs?: { key: string; value: string }[];
+  mounts?: { container_path: string; host_path: string; readonly?: boolean; propagation?: MountPropagation }[];
   log_path?: string;
+  linux?: { security_context: ContainerSecurity };
+};
+
+export type MountPropagation = 'PROPAGATION_PRIVATE' | 'PROPAGATION_HOST_TO_CONTAINER' | 'PROPAGATION_BIDIRECTIONAL';
+
+export type ContainerSecurity = {
+  capabilities?: { add_capabilities?: string[]; drop_capabilities?: string[] };
+  privileged?: boolean;
+  namespace_options?: { network?: 'POD' | 'NODE'; pid?: 'POD' | 'CONTAINER' | 'NODE' };
+  run_as_user?: { value: number };
+  readonly_rootfs?: boolean;
+  no_new_privs?: boolean;
+  seccomp?: { profile_type: 'RuntimeDefault' | 'Unconfined' };
 };
 
 export type PodSandboxStatus = {
@@ -61,6 +75,10 @@ type Calls = {
   ];
   StartContainer: [{ container_id: string }, Record<string, never>];
   StopContainer: [{ container_id: string; timeout?: number }, Record<string, never>];
+  ContainerStatus: [
+    { container_id: string },
+    { status: { state: 'CONTAINER_CREATED' | 'CONTAINER_RUNNING' | 'CONTAINER_EXITED'; exit_code: number } },
+  ];
   RemoveContainer: [{ container_id: string }, Record<string, never>];
   ExecSync: [
     { container_id: string; cmd: string[]; timeout?: number },

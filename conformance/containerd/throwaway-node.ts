@@ -98,6 +98,12 @@ export class ThrowawayNode {
     return new PathNamespace(this.name, `/proc/${this.pid}/ns/net`);
   }
 
+  /** The one at a path inside the node, such as a pod's. */
+  namespaceAt(path: string): Namespace {
+    // Links with an absolute target lead out of the node.
+    return new PathNamespace(path, this.path(path.replace(/^\/var\/run\//, '/run/')));
+  }
+
   /** The command line that runs `command` inside the node, in its network namespace or in that at `netns`. */
   argv(command: readonly string[], netns?: string): string[] {
     const namespaces = ['--mount', '--net', '--pid', '--ipc', '--uts'];
@@ -217,7 +223,8 @@ export class ThrowawayNode {
     const config: PodSandboxConfig = {
       metadata: { name, namespace, uid },
       hostname: name,
-      linux: { cgroup_parent: `/${this.name}/${name}` },
+      // As kubelet calls it: the agent finds pods by it.
+      linux: { cgroup_parent: `/${this.name}/pod${uid}` },
       ...more,
     };
     const { pod_sandbox_id: id } = await this.cri.call('RunPodSandbox', { config });
@@ -271,7 +278,8 @@ export class ThrowawayNode {
       if (performance.now() > deadline) throw new Error(`${this.name}: process ${this.pid} outlives SIGKILL`);
       Atomics.wait(tick, 0, 0, 5);
     }
-    for (const cgroup of this.cgroups()) removeCgroup(cgroup);
+    // A hierarchy that is mounted twice shows each directory twice.
+    for (const cgroup of this.cgroups()) if (existsSync(cgroup)) removeCgroup(cgroup);
   }
 
   /** The cgroup directories of this node's pods, one for each hierarchy. */

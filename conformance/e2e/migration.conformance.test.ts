@@ -7,6 +7,7 @@ import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterEach, describe, expect, test } from 'vitest';
 import { loadNative } from '../../plugin/addon.ts';
+import { NO_CAPACITY } from '../../plugin/migrate.ts';
 import { Steady } from '../kubernetes/steady.ts';
 import { must, type Outcome, until } from '../netns.ts';
 import { counters, increases } from './counters.ts';
@@ -19,6 +20,8 @@ const script = join(root, 'plugin/migrate.testing.ts');
 const faults = join(root, 'build/Release/ambient_redirect_faults.node');
 const OTHER_BUILD = '0123456789abcdef';
 const PORT = 8080;
+const SMALL = { maxPods: 8, maxFlows: 2_048, directFlowsPerPod: 64 };
+const FLOWS = { maxFlows: 8_192, directFlowsPerPod: 1_024 };
 const LONG = process.env.AMBIENT_REDIRECT_LONG === '1';
 
 let topology: Topology;
@@ -26,6 +29,9 @@ afterEach(() => topology?.close());
 
 interface Wanted {
   maxPods?: number;
+  /** default: what there is */
+  maxFlows?: number;
+  directFlowsPerPod?: number;
   /** of the build whose programs are to be in place; default: the executable's */
   build?: string;
   killStep?: number;
@@ -34,7 +40,7 @@ interface Wanted {
   calls?: string;
 }
 
-function migrate({ maxPods = 8, build, killStep = 0, killCall, calls }: Wanted): Promise<Outcome> {
+function migrate({ build, killStep = 0, killCall, calls, ...wanted }: Wanted): Promise<Outcome> {
   const { stateDir, runDir } = topology;
   const env = {
     PATH: process.env.PATH ?? '',
@@ -43,7 +49,12 @@ function migrate({ maxPods = 8, build, killStep = 0, killCall, calls }: Wanted):
     ...(killCall !== undefined && { AMBIENT_REDIRECT_KILL_CALL: String(killCall) }),
     ...(calls !== undefined && { AMBIENT_REDIRECT_CALLS_FILE: calls }),
   };
-  const argv = [process.execPath, script, JSON.stringify({ stateDir, runDir, maxPods }), String(killStep)];
+  const argv = [
+    process.execPath,
+    script,
+    JSON.stringify({ stateDir, runDir, ...NO_CAPACITY, maxPods: 8, ...wanted }),
+    String(killStep),
+  ];
   return topology.node.exec(argv, { env });
 }
 
@@ -77,10 +88,10 @@ function retransmitted(pod: Pod): number {
 describe.each(['shared', 'in-pod'] as const)('%s, under load', (contract) => {
   const start = async (hook: 'tcx' | 'clsact') => {
     if (contract === 'shared') {
-      const mesh = await Mesh.start({ primary: 'ptp', hook, entry: { maxPods: 8 } }, [PORT]);
+      const mesh = await Mesh.start({ primary: 'ptp', hook, entry: SMALL }, [PORT]);
       return { mesh, proxied: () => mesh.haproxy.proxied().length };
     }
-    const mesh = await InPodMesh.start({ primary: 'ptp', hook, entry: { maxPods: 8 } }, [PORT]);
+    const mesh = await InPodMesh.start({ primary: 'ptp', hook, entry: SMALL }, [PORT]);
     await mesh.proxies.client.start();
     await mesh.proxies.server.start();
     return { mesh, proxied: () => mesh.proxies.client.proxied().length + mesh.proxies.server.proxied().length };
@@ -117,8 +128,14 @@ describe.each(['shared', 'in-pod'] as const)('%s, under load', (contract) => {
     const rounds: [Wanted, unknown, string[]][] = [
       [{ build: OTHER_BUILD }, { attachments: attached }, [OTHER_BUILD]],
       [{ build: OTHER_BUILD }, { attachments: 0 }, [OTHER_BUILD]],
-      [{ build: OTHER_BUILD, maxPods: 64 }, { attachments: attached, maxPods: 64 }, [OTHER_BUILD]],
+      [
+        { build: OTHER_BUILD, maxPods: 64 },
+        { attachments: attached, capacity: { ...SMALL, maxPods: 64 } },
+        [OTHER_BUILD],
+      ],
       [{ maxPods: 32 }, { attachments: attached }, old],
+      [FLOWS, { attachments: attached, capacity: { ...FLOWS, maxPods: 64 } }, old],
+      [{ maxFlows: 64, directFlowsPerPod: 16 }, { attachments: 0 }, old],
     ];
     for (const [wanted, outcome, tags] of rounds) {
       const before = counters(topology.stateDir);
@@ -155,6 +172,40 @@ describe.each(['shared', 'in-pod'] as const)('%s, under load', (contract) => {
   });
 });
 
+test.each(['tcx', 'clsact'] as const)(
+  '%s: direct connections go on in larger maps, each where it is looked for',
+  async (hook) => {
+    const mesh = await Mesh.start({ primary: 'ptp', hook, entry: SMALL }, [PORT]);
+    topology = mesh.topology;
+    const { plain } = mesh;
+    const older = await Promise.all(
+      families.flatMap((family) =>
+        Array.from({ length: 12 }, () => mesh.connect('plain', mesh.address('outsider', family), PORT)),
+      ),
+    );
+    await mesh.commanded('enroll', '--netns', plain.netns.path, '--pod', 'default/plain');
+    const native = loadNative();
+    const remembered = () => {
+      const state = native.openState(topology.stateDir);
+      try {
+        const { maxFlows, directFlowsPerPod } = native.settings(state);
+        return { maxFlows, directFlowsPerPod, flows: native.directFlows(state, plain.hostIfindex).length };
+      } finally {
+        native.closeState(state);
+      }
+    };
+    const { maxFlows, directFlowsPerPod } = SMALL;
+    expect(remembered()).toEqual({ maxFlows, directFlowsPerPod, flows: older.length });
+    await migrated(FLOWS);
+    expect(remembered()).toEqual({ ...FLOWS, flows: older.length });
+    const before = counters(topology.stateDir);
+    for (const connection of older) await mesh.exchanged(connection, 'plain');
+    const moved = increases(before, counters(topology.stateDir), plain.hostIfindex);
+    expect(Object.keys(moved).sort()).toEqual(['pod_egress pass_direct', 'pod_ingress pass_direct']);
+    expect(await mesh.goesDirect('plain', mesh.address('outsider', 4), PORT)).toBe(false);
+  },
+);
+
 describe.each(['tcx', 'clsact'] as const)('%s', (hook) => {
   /** A node with as many pods as it has room for, and one more. */
   const full = async (maxPods: number) => {
@@ -173,7 +224,7 @@ describe.each(['tcx', 'clsact'] as const)('%s', (hook) => {
   test('there is room for a ninth pod when maxPods has been raised', async () => {
     const { pods, last } = await full(8);
     expect(await add(last)).toMatchObject({ code: 103 });
-    expect(await migrated({ maxPods: 64 })).toEqual({ attachments: 8, maxPods: 64 });
+    expect(await migrated({ maxPods: 64 })).toMatchObject({ attachments: 8, capacity: { maxPods: 64 } });
     expect(await add(last)).toBeNull();
     for (const pod of [...pods, last]) await topology.checkOurs(pod);
   });
@@ -182,6 +233,11 @@ describe.each(['tcx', 'clsact'] as const)('%s', (hook) => {
     { what: 'another build', wanted: { build: OTHER_BUILD, maxPods: 3 } },
     { what: 'larger maps', wanted: { maxPods: 8 } },
   ];
+  const larger = (round: number) => ({
+    maxPods: 8 + round * 8,
+    maxFlows: 65_536 + round,
+    directFlowsPerPod: 1_024 + round * 8,
+  });
   const chosen = LONG ? kinds : hook === 'clsact' ? kinds.slice(0, 1) : kinds.slice(1);
   test.each(chosen)(
     '$what, killed on its way: the next run goes on',
@@ -192,7 +248,7 @@ describe.each(['tcx', 'clsact'] as const)('%s', (hook) => {
       let rounds = 0;
       const round = () => {
         rounds += 1;
-        if (what === 'larger maps') return { maxPods: wanted.maxPods + rounds * 8 };
+        if (what === 'larger maps') return larger(rounds);
         return rounds % 2 === 1 ? wanted : { maxPods: wanted.maxPods };
       };
       const { stdout } = await migrate(round());
@@ -232,7 +288,7 @@ describe.each(['tcx', 'clsact'] as const)('%s', (hook) => {
       let rounds = 0;
       const round = () => {
         rounds += 1;
-        if (what === 'larger maps') return { maxPods: wanted.maxPods + rounds * 8 };
+        if (what === 'larger maps') return larger(rounds);
         return rounds % 2 === 1 ? wanted : { maxPods: wanted.maxPods };
       };
       await migrated({ ...round(), calls });
@@ -299,7 +355,7 @@ test('install does it, and so does the agent when it starts', async () => {
 
   await migrated({ build: OTHER_BUILD });
   expect(await install('16')).toContain(
-    `${stateDir}: 3 attachments with the programs of this build\n${stateDir}: room for 16 pods\n`,
+    `${stateDir}: 3 attachments with the programs of this build\n${stateDir}: room for 16 pods, 65536 flows, 1024 direct flows of each pod\n`,
   );
   expect(builds()).toEqual(own);
   expect(await install('16')).not.toContain(stateDir);

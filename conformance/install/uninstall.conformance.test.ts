@@ -6,9 +6,9 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterAll, afterEach, beforeEach, expect, test } from 'vitest';
 import { isDirect, Mesh } from '../e2e/mesh.ts';
-import { families } from '../e2e/topology.ts';
+import { executable, families } from '../e2e/topology.ts';
 import { differences, type KernelState, kernelState } from '../kernel-state.ts';
-import { exec } from '../netns.ts';
+import { exec, until } from '../netns.ts';
 
 const steps = fileURLToPath(new URL('../../plugin/install/steps.testing.ts', import.meta.url));
 const root = mkdtempSync(join(tmpdir(), 'ambient-redirect-uninstall-'));
@@ -144,3 +144,22 @@ test('kill -9 after each step: the next uninstall finishes', async () => {
     await expectGone(empty);
   }
 }, 120_000);
+
+test('--stay: what an install puts in place afterwards goes, too, until it is ended', async () => {
+  const { testbed, node, stateDir, runDir } = mesh.topology;
+  const directories = ['--state-dir', stateDir, '--run-dir', runDir, '--cni-net-dir', netDir, '--cni-bin-dir', binDir];
+  const staying = testbed.start(
+    node.argv([executable, 'uninstall', ...directories, '--executable-delay', '0', '--stay']),
+  );
+  const left = () => staying.output.split(`removed ${binDir}/ambient-redirect\n`).length - 1;
+  await until('the node is left', () => left() === 1, 20_000);
+  await mesh.commanded('install', '--cni-net-dir', netDir, '--cni-bin-dir', binDir);
+  await until('and again', () => left() === 2, 20_000);
+  expect(readFileSync(join(netDir, '10.conflist'), 'utf8')).not.toContain('ambient-redirect');
+  expect(readdirSync(binDir)).toEqual([]);
+  await staying.stop('SIGTERM');
+  // Nobody is there any more who would take it away.
+  await mesh.commanded('install', '--cni-net-dir', netDir, '--cni-bin-dir', binDir);
+  expect(readdirSync(binDir)).toContain('ambient-redirect');
+  expect(left()).toBe(2);
+});

@@ -11,7 +11,7 @@ import { hex, linkPin } from '../../plugin/attachments.ts';
 import type { AttachmentRecord, State } from '../../plugin/native.ts';
 import { ROUTE_PROTOCOL, ROUTE_TABLE } from '../../plugin/redirect/plan.ts';
 import { HAProxy } from '../e2e/haproxy.ts';
-import { Testbed, until } from '../netns.ts';
+import { must, Testbed, until } from '../netns.ts';
 import { missingControlPlane } from './build.ts';
 import { ControlPlane } from './control-plane.ts';
 import { Site, type SitePod } from './site.ts';
@@ -216,6 +216,48 @@ describe.runIf(missingControlPlane() === undefined).each(['tcx', 'clsact'] as co
       );
     });
 
+    test('an interface that is gone: its entries go, and the pod is not said to be redirected', async () => {
+      const other = await site.createPod({ namespace: 'shop', name: 'other' });
+      await site.untilRedirection(other, 'enabled');
+      const { record } = found(other);
+      const before = drifts().length;
+      other.sandbox.netns.run(['ip', 'link', 'del', 'eth0']);
+      await until('it is not enrolled', () => found(other).record.role === 'none', 2 * PERIOD_MS + 3_000);
+      await site.untilRedirection(other, undefined);
+      expect(
+        drifts()
+          .slice(before)
+          .map(({ kind, pod }) => `${kind} of ${pod}`),
+      ).toEqual(['interface of shop/other']);
+      expect(native.getInterface(state, record.interfaceId)).toBeNull();
+      expect(record.addresses.map((address) => native.getEndpoint(state, address))).toEqual(
+        record.addresses.map(() => null),
+      );
+    });
+
+    test('an interface that was made anew is attached to', async () => {
+      const other = await site.createPod({ namespace: 'shop', name: 'renewed' });
+      await site.untilRedirection(other, 'enabled');
+      const { record } = found(other);
+      const { netns, addresses } = other.sandbox;
+      const { node } = site.topology;
+      const batch = [
+        'link del eth0',
+        `link add eth0 type veth peer name renewed0 netns ${node.name}`,
+        `address add ${addresses[4]}/32 dev eth0`,
+        `address add ${addresses[6]}/128 dev eth0 nodad`,
+        'link set eth0 up',
+      ];
+      must(['ip', '-n', netns.name, '-batch', '-'], `${batch.join('\n')}\n`);
+      node.run(['ip', 'link', 'set', 'renewed0', 'up']);
+      const now = () => found(other).record;
+      await until('it is attached', () => now().hostIfname === 'renewed0' && now().state === 'attached');
+      expect(now().hostIfindex).not.toBe(record.hostIfindex);
+      expect(native.getInterface(state, now().hostIfindex)?.podMac).toBe(now().podMac);
+      expect([now().role, await site.redirection(other)]).toEqual(['pod', 'enabled']);
+      expect(drifts().filter(({ kind, pod }) => kind === 'interface' && pod === 'shop/renewed')).toHaveLength(1);
+    });
+
     test('each kind is counted', async () => {
       for (const kind of [
         'program',
@@ -224,6 +266,7 @@ describe.runIf(missingControlPlane() === undefined).each(['tcx', 'clsact'] as co
         'route',
         'sysctl',
         'listener',
+        'interface',
         ...(hook === 'tcx' ? ['link'] : []),
       ]) {
         const counted = await site.metric('ambient_redirect_drift_total', { kind });

@@ -3,7 +3,7 @@
 // The contract in-pod with the API: nothing is attached before a ztunnel is there, the annotation follows its Ack, and
 // ADD asks the agent.
 
-import { writeFileSync } from 'node:fs';
+import { rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { HAProxy } from '../e2e/haproxy.ts';
@@ -78,6 +78,28 @@ describe.runIf(missingControlPlane() === undefined)('contract in-pod with kube-a
     await site.untilRedirection(web, undefined);
     await until('ztunnel has let go of it', () => served(proxy).length === 0, 10_000);
     expect(await row(web)).toBe('none recorded');
+  });
+
+  test('a pod that lost its programs is closed before a ztunnel is there, and open to nobody until then', async () => {
+    await site.topology.outsider.listen(8080);
+    const web = await site.createPod({ namespace, name: 'web', serviceAccount: 'web' });
+    site.startAgent();
+    const proxy = ztunnel();
+    await site.untilRedirection(web, 'enabled');
+    await site.process(web);
+    await site.agent?.stop('SIGKILL');
+    await proxy.stop('SIGKILL');
+    rmSync(site.topology.stateDir, { recursive: true });
+    const connect = (timeout: number) => web.sandbox.endpoint.connect(outsiderAddress[6], 8080, { timeout });
+    await web.sandbox.endpoint.close(await connect(5_000));
+    site.startAgent();
+    await site.untilRedirection(web, 'pending', 20_000);
+    const rows = async () => (await site.attachments()).map(({ uid, role, state }) => `${uid} ${role} ${state}`);
+    expect(await rows()).toEqual([`${web.uid} pod attached`]);
+    await expect(connect(600)).rejects.toThrow();
+    const next = ztunnel();
+    await site.untilRedirection(web, 'enabled', 20_000);
+    expect(served(next)).toEqual([web.uid]);
   });
 
   test('a ztunnel that refuses the pod: "pending", and an event', async () => {

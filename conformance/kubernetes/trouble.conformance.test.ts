@@ -4,10 +4,16 @@
 // clock that jumps, a second agent. What must hold each time: nothing is detached that the API does not say is to go,
 // and in the end records, kernel, annotations and API agree.
 
-import { existsSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, readdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest';
-import { executable } from '../e2e/topology.ts';
+import { loadNative } from '../../plugin/addon.ts';
+import { linkPin } from '../../plugin/attachments.ts';
+import { NO_CAPACITY } from '../../plugin/migrate.ts';
+import { counters, increases } from '../e2e/counters.ts';
+import { HAProxy } from '../e2e/haproxy.ts';
+import { isDirect } from '../e2e/mesh.ts';
+import { executable, outsiderAddress } from '../e2e/topology.ts';
 import { Testbed, until } from '../netns.ts';
 import { missingControlPlane } from './build.ts';
 import { ControlPlane } from './control-plane.ts';
@@ -180,8 +186,7 @@ describe.runIf(missingControlPlane() === undefined)('trouble with kube-apiserver
     }
     await killed;
     for (const pod of stay) await plane.label(site.path(pod), { [MODE]: null });
-    // A record that says "attaching" is taken for an ADD at work for 30 s, and is looked at again every 15.
-    for (const pod of stay) await site.untilRedirection(pod, 'enabled', 60_000);
+    for (const pod of stay) await site.untilRedirection(pod, 'enabled', 20_000);
     await site.untilReady(60_000);
     await until(
       'only what is there is recorded',
@@ -224,6 +229,110 @@ describe.runIf(missingControlPlane() === undefined)('trouble with kube-apiserver
     expect(rows.map(({ name, role: what, state, addresses }) => ({ name, what, state, addresses }))).toEqual([
       { name: 'web', what: 'pod', state: 'attached', addresses: expect.arrayContaining([web.sandbox.addresses[4]]) },
     ]);
+  });
+
+  test.each(['closed', 'open'] as const)(
+    'what a pod opens while the state is lost, failurePolicy %s',
+    async (policy) => {
+      const { topology } = site;
+      const proxy = await site.proxy(`ztunnel-${count}`);
+      await new HAProxy(topology.testbed, proxy.sandbox.netns, 'only').start();
+      await topology.outsider.listen(8080);
+      await plane.label(`/api/v1/namespaces/${namespace}`, { [MODE]: null });
+      const web = await site.createPod({ namespace, name: 'web' });
+      const { endpoint } = web.sandbox;
+      const connect = () => endpoint.connect(outsiderAddress[4], 8080);
+      const older = await connect();
+      site.startAgent({ entry: { failurePolicy: policy } });
+      await plane.label(`/api/v1/namespaces/${namespace}`, AMBIENT);
+      await site.untilRedirection(web, 'enabled');
+      const proxied = await connect();
+      expect([isDirect(older), isDirect(proxied)]).toEqual([true, false]);
+      await endpoint.exchange(older, 1_000);
+      await site.process(web);
+      await site.process(proxy);
+      await site.agent?.stop('SIGKILL');
+      rmSync(topology.stateDir, { recursive: true });
+      // The kernel takes links away some time after their last pin.
+      let meanwhile = proxied;
+      await until('nothing of ours is there', async () => {
+        const opened = await endpoint.connect(outsiderAddress[4], 8080, { timeout: 1_000 }).catch(() => proxied);
+        meanwhile = opened;
+        return isDirect(opened);
+      });
+
+      site.startAgent({ entry: { failurePolicy: policy } });
+      await until('both are attached', async () => (await site.attachments()).length === 2, 20_000);
+      await site.untilReady();
+      expect(await site.redirection(web)).toBe('enabled');
+      expect(isDirect(await connect())).toBe(false);
+      // The proxy still has its socket, by which the programs know the connection.
+      await endpoint.exchange(proxied, 1_000);
+      const before = counters(topology.stateDir);
+      if (policy === 'open') {
+        await endpoint.exchange(meanwhile, 1_000);
+        return;
+      }
+      await expect(endpoint.exchange(meanwhile, 1_000, 600)).rejects.toThrow();
+      expect(increases(before, counters(topology.stateDir), web.sandbox.hostIfindex)).toHaveProperty([
+        'pod_egress drop_orphaned_flow',
+      ]);
+      expect(site.log().map(({ msg }) => msg)).toContainEqual(
+        expect.stringMatching(
+          /shop-\d+\/web: its annotation .* connections opened until now were direct, and do not go on/,
+        ),
+      );
+    },
+  );
+
+  test('an agent that another build has taken the node from attaches nothing', async () => {
+    const native = loadNative();
+    site.startAgent({ reconcileSeconds: 1 });
+    const web = await enrolled('web');
+    await site.untilReady();
+    const { stateDir, runDir, node } = site.topology;
+    const migrate = (build?: string) => {
+      const script = join(import.meta.dirname, '../../plugin/migrate.testing.ts');
+      const wanted = JSON.stringify({ stateDir, runDir, ...NO_CAPACITY });
+      const env = {
+        PATH: process.env.PATH ?? '',
+        AMBIENT_REDIRECT_ADDON: join(import.meta.dirname, '../../build/Release/ambient_redirect_faults.node'),
+        ...(build !== undefined && { AMBIENT_REDIRECT_OBJECT_ID: build }),
+      };
+      return node.exec([process.execPath, script, wanted, '0'], { env });
+    };
+    const builds = () => readdirSync(join(stateDir, 'programs'));
+    const own = builds();
+    const other = '0123456789abcdef';
+    expect(await migrate(other)).toMatchObject({ status: 0 });
+    expect(builds()).toEqual([other]);
+    const state = native.openState(stateDir);
+    try {
+      const [found] = native.listAttachments(state);
+      if (found === undefined) throw new Error('nothing is recorded');
+      const pin = linkPin(stateDir, found.key, 'pod_egress');
+      rmSync(pin);
+      const later = await site.createPod({ namespace, name: 'later' });
+      const said = (text: RegExp) => site.log().some((line) => text.test(JSON.stringify(line)));
+      await until(
+        'it is not repaired',
+        () => said(/shop-\d+\/web.*could not be made again|could not be made again.*shop-\d+\/web/),
+        20_000,
+      );
+      await until('nor enrolled', () => said(/later: another build has taken over/), 20_000);
+      expect([builds(), await role(later), await site.redirection(later)]).toEqual([[other], 'none', undefined]);
+      expect(await site.page('8000/readyz')).toMatchObject({
+        status: 503,
+        body: expect.stringMatching(/^build: .* has the programs of another build \(0123456789abcdef\)/),
+      });
+      // The way back.
+      expect(await migrate()).toMatchObject({ status: 0 });
+      await until('it is repaired', () => native.linkInfo(pin) !== null, 20_000);
+      await site.untilRedirection(later, 'enabled', 20_000);
+      expect([builds(), await role(web)]).toEqual([own, 'pod']);
+    } finally {
+      native.closeState(state);
+    }
   });
 
   test('the state is removed and made anew beside the agent, as by uninstall and install', async () => {
@@ -272,6 +381,64 @@ describe.runIf(missingControlPlane() === undefined)('trouble with kube-apiserver
     await enrolled('later');
     await until('programs are gone', async () => (await role(web)) === 'none');
     expect(site.log().filter(({ level }) => level === 'error')).toEqual([]);
+  });
+
+  test('what was cut short is finished at once; what is at work is left alone', async () => {
+    const native = loadNative();
+    site.startAgent();
+    const web = await enrolled('web');
+    await site.untilReady();
+    const path = join(site.topology.runDir, 'migration.lock');
+    // Records have whole seconds.
+    await until('the lock is older than a record', () => Date.now() > statSync(path).birthtimeMs + 1_000);
+    const state = native.openState(site.topology.stateDir);
+    // As an ADD holds it that is at work.
+    const lock = native.lockShared(path, 0);
+    try {
+      const [found] = native.listAttachments(state);
+      if (found === undefined) throw new Error('nothing is recorded');
+      const { key, record } = found;
+      const now = () => native.getAttachment(state, key)?.state;
+      native.putAttachment(state, key, { ...record, state: 'attaching', enrolledAt: Math.floor(Date.now() / 1000) });
+      await plane.label(site.path(web), { look: 'again' });
+      await until('it is left alone', async () => (await site.metric('ambient_redirect_queue_failing')) === 1, 20_000);
+      expect(now()).toBe('attaching');
+      native.close(lock);
+      await plane.label(site.path(web), { look: 'once-more' });
+      await until('it is finished', () => now() === 'attached');
+    } finally {
+      native.closeState(state);
+    }
+    await site.untilReady();
+    expect([await role(web), await site.redirection(web)]).toEqual(['pod', 'enabled']);
+  });
+
+  test('annotations of a pod that change while the agent is away', async () => {
+    site.startAgent();
+    const web = await enrolled('web');
+    const same = await enrolled('same');
+    await site.agent?.stop('SIGKILL');
+    const annotations = {
+      'traffic.sidecar.istio.io/excludeOutboundIPRanges': '192.0.2.0/24',
+      'ambient.istio.io/bypass-inbound-capture': 'true',
+    };
+    await plane.admin.mergePatch(site.path(web), { metadata: { annotations } });
+    site.startAgent();
+    await until('they are in force', () => site.exclusions(web).length === 1, 20_000);
+    await site.agent?.stop('SIGKILL');
+    const none = Object.fromEntries(Object.keys(annotations).map((key) => [key, null]));
+    await plane.admin.mergePatch(site.path(web), { metadata: { annotations: none } });
+    site.startAgent();
+    await until('and gone', () => site.exclusions(web).length === 0, 20_000);
+    await site.untilReady();
+    expect([await site.redirection(web), await site.redirection(same)]).toEqual(['enabled', 'enabled']);
+    expect(
+      site
+        .log()
+        .filter(({ msg }) => /asks for something else/.test(`${msg}`))
+        .map(({ uid }) => uid),
+    ).toEqual([web.uid]);
+    expect(await site.metric('ambient_redirect_enrolments_total', { event: 'found_open' })).toBe(0);
   });
 
   test("a pod's exclusions change while it runs", async () => {

@@ -7,10 +7,12 @@ import { readFileSync, writeFileSync } from 'node:fs';
 import { request } from 'node:https';
 import { join } from 'node:path';
 import type { Api } from '../../plugin/agent/kubernetes/api.ts';
+import { CHART, helmProgram } from '../chart/helm.ts';
 import { ControlPlane } from '../kubernetes/control-plane.ts';
 import { type ExecOptions, exec, must, type Running, type Testbed, until } from '../netns.ts';
 import { type NodePrograms, nodePrograms } from './build.ts';
-import { meshImage, ownImage } from './images.ts';
+import { meshImage } from './images.ts';
+import { currentImage, type Image, nextImage } from './next.ts';
 import { RealNode } from './node.ts';
 
 const CONTROL = '172.31.0.1';
@@ -26,7 +28,7 @@ export interface PodObject {
     annotations?: Record<string, string>;
     deletionTimestamp?: string;
   };
-  spec: { nodeName: string };
+  spec: { nodeName: string; hostNetwork?: boolean };
   status: {
     phase: string;
     podIP?: string;
@@ -42,11 +44,14 @@ export class Cluster {
   readonly plane: ControlPlane;
   readonly programs: NodePrograms;
   readonly nodes: RealNode[] = [];
+  /** of ours, on both nodes */
+  readonly images: { current: Image; next: Image };
   readonly kubeconfig: string;
   readonly #controllers: Running[] = [];
 
-  private constructor(testbed: Testbed, plane: ControlPlane, programs: NodePrograms) {
+  private constructor(testbed: Testbed, plane: ControlPlane, programs: NodePrograms, images: Cluster['images']) {
     this.testbed = testbed;
+    this.images = images;
     this.plane = plane;
     this.programs = programs;
     this.kubeconfig = join(plane.directory, 'admin.conf');
@@ -77,12 +82,10 @@ export class Cluster {
     }));
     const proxies = { token: 'kube-proxy-token', user: 'system:kube-proxy', groups: 'system:kube-proxies' };
     const plane = await ControlPlane.start(testbed, { address: CONTROL, tokens: [...kubelets, proxies] });
-    const cluster = new Cluster(testbed, plane, programs);
+    const cluster = new Cluster(testbed, plane, programs, { current: currentImage(), next: await nextImage() });
     cluster.#startControllers();
-    const images = await Promise.all([
-      meshImage(testbed.directory('mesh-image')),
-      ownImage(testbed.directory('own-image')),
-    ]);
+    const { current, next } = cluster.images;
+    const images = [await meshImage(testbed.directory('mesh-image')), current.archive, next.archive];
     const server = `https://${CONTROL}:${plane.port}`;
     await Promise.all(
       NODE_NAMES.map(async (name, index) => {
@@ -159,8 +162,32 @@ export class Cluster {
   async kubectl(args: readonly string[], options: ExecOptions = {}): Promise<string> {
     const outcome = await exec([this.programs.kubectl, `--kubeconfig=${this.kubeconfig}`, ...args], options);
     if (outcome.status !== 0)
-      throw new Error(`kubectl ${args.join(' ')}: exit ${outcome.status}: ${outcome.stderr.trim()}`);
+      throw new Error(
+        `kubectl ${args.join(' ')}: exit ${outcome.status}: ${outcome.stderr.trim()} ${outcome.stdout.trim()}`,
+      );
     return outcome.stdout;
+  }
+
+  /** helm with the chart in the release's place; returns its stdout; throws if it fails. */
+  async helm(args: readonly string[], timeout = 300_000): Promise<string> {
+    const nowhere = {
+      HELM_CONFIG_HOME: '/nonexistent',
+      HELM_DATA_HOME: '/nonexistent',
+      HELM_CACHE_HOME: '/nonexistent',
+    };
+    const argv = [await helmProgram(), `--kubeconfig=${this.kubeconfig}`, ...args];
+    const env = { PATH: process.env.PATH ?? '', HOME: '/nonexistent', ...nowhere };
+    const outcome = await exec(argv, { timeout, env });
+    if (outcome.status !== 0) {
+      throw new Error(
+        `helm ${args.join(' ')}: exit ${outcome.status}: ${outcome.stderr.trim()} ${outcome.stdout.trim()}`,
+      );
+    }
+    return outcome.stdout;
+  }
+
+  get chart(): string {
+    return CHART;
   }
 
   /** kubectl apply of objects. */
@@ -226,7 +253,11 @@ export class Cluster {
       limit,
     ).catch(async (error: Error) => {
       const events = await this.kubectl(['get', 'events', '-n', namespace, '--sort-by=.lastTimestamp']).catch(String);
-      const states = found.map(({ metadata, status }) => `${metadata.name}: ${JSON.stringify(status)}`).join('\n');
+      const states = found
+        .filter((pod) => !isReady(pod))
+        .slice(0, 3)
+        .map(({ metadata, status }) => `${metadata.name}: ${JSON.stringify(status).slice(0, 1_500)}`)
+        .join('\n');
       throw new Error(`${error.message}:\n${states}\n${events.slice(-3_000)}`);
     });
     return found;

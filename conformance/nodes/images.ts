@@ -78,13 +78,3 @@ export async function meshImage(directory: string): Promise<string> {
   }
   return archive(directory, MESH_IMAGE, root, { Cmd: ['/bin/sleep', '2147483647'] });
 }
-
-export const OWN_IMAGE = 'cri.local/ambient-redirect:1';
-
-/** The executable and the libraries that it loads. */
-export async function ownImage(directory: string): Promise<string> {
-  const root = join(directory, 'root');
-  mkdirSync(join(root, 'tmp'), { recursive: true, mode: 0o1777 });
-  install(root, join(import.meta.dirname, '../../dist/ambient-redirect'), 'usr/bin/ambient-redirect');
-  return archive(directory, OWN_IMAGE, root, { Entrypoint: ['/usr/bin/ambient-redirect'] });
-}

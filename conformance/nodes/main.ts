@@ -11,7 +11,9 @@ import { missingControlPlane } from '../kubernetes/build.ts';
 import { Testbed } from '../netns.ts';
 import { nodePrograms } from './build.ts';
 import { Cluster } from './cluster.ts';
-import { type Contract, LifeCycle } from './life-cycle.ts';
+import { type Contract, Ground } from './ground.ts';
+import { lifeCycle } from './life-cycle.ts';
+import { currentImage, nextImage } from './next.ts';
 import { Steps } from './steps.ts';
 
 const { values } = parseArgs({
@@ -32,6 +34,8 @@ async function outside(): Promise<number> {
   const { kubelet } = await nodePrograms();
   const seconds = (performance.now() - begun) / 1000;
   if (seconds > 5) console.log(`built ${kubelet} in ${seconds.toFixed(0)} s`);
+  const { version } = await nextImage();
+  console.log(`images: ${currentImage().version}, and ${version} to upgrade to`);
   const argv = ['--net', '--', process.execPath, import.meta.filename, ...process.argv.slice(2), '--inside'];
   const child = spawn('unshare', argv, { stdio: 'inherit' });
   // The terminal sends SIGINT to both; this one waits for the other's clean-up.
@@ -52,8 +56,7 @@ async function inside(): Promise<number> {
     return cluster.description();
   });
   if (up && cluster !== undefined) {
-    const life = new LifeCycle(cluster, steps, contract);
-    await life.run(values.only?.split(','));
+    await lifeCycle(new Ground(cluster, steps, contract), values.only?.split(','));
   }
   steps.summary();
   if (values.keep && cluster !== undefined) {

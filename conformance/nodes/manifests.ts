@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Objects that the tests apply: the proxy as a DaemonSet, the node agent, workloads.
+// Objects that the tests apply: the proxy as a DaemonSet, and workloads.
 
-import { readFileSync } from 'node:fs';
-import { join } from 'node:path';
-import { parseAllDocuments } from 'yaml';
-import { MESH_IMAGE, OWN_IMAGE } from './images.ts';
+import { MESH_IMAGE } from './images.ts';
 
 type Json = Record<string, unknown>;
 
@@ -108,66 +105,5 @@ export function ztunnel(contract: 'shared' | 'in-pod'): Json[] {
       },
       { updateStrategy: { type: 'RollingUpdate', rollingUpdate: { maxUnavailable: 0, maxSurge: 1 } } },
     ),
-  ];
-}
-
-const HOST_PATHS: readonly { name: string; path: string; type?: string; propagation?: string }[] = [
-  { name: 'cni-bin', path: '/opt/cni/bin' },
-  { name: 'cni-conf', path: '/etc/cni/net.d' },
-  { name: 'bpf', path: '/sys/fs/bpf', propagation: 'HostToContainer' },
-  { name: 'run', path: '/run/ambient-redirect', type: 'DirectoryOrCreate' },
-  { name: 'netns', path: '/run/netns', propagation: 'HostToContainer' },
-  { name: 'containerd', path: '/run/containerd' },
-  { name: 'ztunnel', path: '/var/run/ztunnel', type: 'DirectoryOrCreate' },
-  { name: 'ambient-config', path: '/etc/ambient-config', type: 'DirectoryOrCreate' },
-  { name: 'cgroup', path: '/sys/fs/cgroup' },
-];
-
-/** The node agent by hand, as the README's DaemonSet would be without the chart. */
-export function agent(contract: 'shared' | 'in-pod', image = OWN_IMAGE): Json[] {
-  const volumeMounts = HOST_PATHS.map(({ name, path, propagation }) => ({
-    name,
-    mountPath: path,
-    ...(propagation !== undefined && { mountPropagation: propagation }),
-  }));
-  const env = [
-    { name: 'NODE_NAME', valueFrom: { fieldRef: { fieldPath: 'spec.nodeName' } } },
-    { name: 'AMBIENT_REDIRECT_ENROLLMENT', value: 'agent' },
-    { name: 'AMBIENT_REDIRECT_CONTRACT', value: contract },
-    { name: 'REDIRECT_MODE', value: 'ebpf' },
-  ];
-  const container = { image, imagePullPolicy: 'Never', env, volumeMounts, securityContext: { privileged: true } };
-  const rbac = parseAllDocuments(readFileSync(join(import.meta.dirname, '../../plugin/agent/rbac.yaml'), 'utf8'));
-  return [
-    ...rbac.map((document) => document.toJS() as Json),
-    {
-      apiVersion: 'apps/v1',
-      kind: 'DaemonSet',
-      metadata: { namespace: SYSTEM, name: 'istio-cni-node', labels: { 'k8s-app': 'istio-cni-node' } },
-      spec: {
-        selector: { matchLabels: { 'k8s-app': 'istio-cni-node' } },
-        template: {
-          metadata: { labels: { 'k8s-app': 'istio-cni-node' } },
-          spec: {
-            hostNetwork: true,
-            hostPID: true,
-            serviceAccountName: 'ambient-redirect',
-            priorityClassName: 'system-node-critical',
-            tolerations: EVERYWHERE,
-            terminationGracePeriodSeconds: 5,
-            initContainers: [{ ...container, name: 'install', args: ['install'] }],
-            containers: [
-              {
-                ...container,
-                name: 'agent',
-                args: ['agent'],
-                readinessProbe: { httpGet: { path: '/readyz', port: 8000 }, periodSeconds: 1 },
-              },
-            ],
-            volumes: HOST_PATHS.map(({ name, path, type = '' }) => ({ name, hostPath: { path, type } })),
-          },
-        },
-      },
-    },
   ];
 }

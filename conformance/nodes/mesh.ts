@@ -21,8 +21,6 @@ export interface Sighting {
   port: number;
 }
 
-export type Way = 'direct' | 'proxied';
-
 /** Lines of a container's log, from the node's disk: there while API server, kubelet and the pod are not. */
 export function logLines(cluster: Cluster, pod: PodObject, container = 'app'): Record<string, unknown>[] {
   const { name, namespace, uid } = pod.metadata;
@@ -78,33 +76,35 @@ export function urlOf(pod: PodObject, port: number, family: 4 | 6 = 4): string {
 /**
  * A request, the way it must go, and who says so: the server's socket for its peer, and the proxies' lists. The server
  * must see the client's own address either way.
- * @param seen number of connections that the proxies must have accepted for it: of this client's address
+ * @param seen the proxies that must have accepted a connection of this client for it, in this order: "NODE LISTENER";
+ *   [] if it must go direct
  */
 export async function expectWay(
   cluster: Cluster,
   from: PodObject,
   url: string,
-  way: Way,
-  { server, seen }: { server?: string; seen?: number } = {},
+  seen: readonly string[],
+  server?: string,
 ): Promise<Answer> {
-  const family = url.includes('[') ? 6 : 4;
-  const source = address(from, family);
-  const mine = () => sightings(cluster).filter((one) => one.source === source).length;
-  const before = mine();
+  const source = address(from, url.includes('[') ? 6 : 4);
+  const mine = () => sightings(cluster).filter((one) => one.source === source);
+  const before = mine().length;
   const answer = await ask(cluster, from, url);
-  const found: Way = answer.clientPort === answer.localPort ? 'direct' : 'proxied';
   const what = `${from.metadata.namespace}/${from.metadata.name} to ${url}`;
   if (answer.client !== source) throw new Error(`${what}: the server saw ${answer.client}, not ${source}`);
-  if (server !== undefined && answer.server !== server)
+  if (server !== undefined && answer.server !== server) {
     throw new Error(`${what}: ${answer.server} answered, not ${server}`);
-  if (found !== way) throw new Error(`${what}: went ${found}, it was to go ${way}`);
-  if (way === 'direct') {
-    if (mine() !== before) throw new Error(`${what}: a proxy saw a connection that went direct`);
-  } else {
-    const wanted = seen ?? 1;
-    await until(`${what}: the proxies list it`, () => mine() >= before + wanted);
-    if (mine() !== before + wanted)
-      throw new Error(`${what}: the proxies list ${mine() - before} connections, not ${wanted}`);
+  }
+  const direct = answer.clientPort === answer.localPort;
+  if (direct !== (seen.length === 0)) throw new Error(`${what}: went ${direct ? 'direct' : 'by a proxy'}`);
+  await until(`${what}: the proxies list it`, () => mine().length >= before + seen.length);
+  const found = mine()
+    .sort((a, b) => a.at - b.at)
+    .slice(before)
+    .map(({ node, listener }) => `${node} ${listener}`);
+  // Clocks of one machine; two in one millisecond are in any order.
+  if (found.toSorted().join() !== seen.toSorted().join()) {
+    throw new Error(`${what}: the proxies list ${found.join(', ') || 'nothing'}, not ${seen.join(', ') || 'nothing'}`);
   }
   return answer;
 }

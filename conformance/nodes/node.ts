@@ -250,6 +250,17 @@ export class RealNode {
     );
   }
 
+  /** Every address of the node's own interfaces. */
+  async addresses(): Promise<string[]> {
+    const links = JSON.parse(await this.run(['ip', '-j', 'address', 'show'])) as { addr_info: { local: string }[] }[];
+    return links.flatMap(({ addr_info: addresses }) => addresses.map(({ local }) => local));
+  }
+
+  /** SIGKILL to a container's process 1: of a sandbox, that ends its pod's network namespace. */
+  async killTask(containerId: string): Promise<void> {
+    await this.run(['ctr', '-n', 'k8s.io', 'task', 'kill', '-s', 'KILL', containerId]);
+  }
+
   log(name: string): string {
     const file = join(this.logs, `${name}.log`);
     return existsSync(file) ? readFileSync(file, 'utf8').slice(-3_000) : '';
@@ -263,6 +274,11 @@ export class RealNode {
       `${this.name}: ${name} is gone`,
       async () => (await exec(this.argv(['test', '-d', `/proc/${pid}`]))).status !== 0,
     );
+  }
+
+  /** SIGKILL to the processes whose command line begins so; throws if there is none. */
+  async killProcess(commandLine: string): Promise<void> {
+    await this.run(['pkill', '-KILL', '-f', `^(/[a-z/-]*/)?${commandLine}`]);
   }
 
   /** Power off and on: what is not on the disk is gone. */

@@ -2,7 +2,8 @@
 //
 // What runs inside the pods of the tests, by its first argument. Each writes a line of JSON for what it saw.
 //
-//   serve PORT                answers HTTP with {client, clientPort, server}: whom its socket has for a peer
+//   serve PORT [RAW]          answers HTTP with {client, clientPort, server}: whom its socket has for a peer; on port RAW
+//                             it says who connected, and closes
 //   ask URL [SECONDS]         one request; prints that answer and {localPort}: if both ports are one, nobody was between
 //   load URL MS               a request every MS milliseconds, each on a connection of its own, until SIGTERM
 //   dns NAME=ADDRESS...       answers A queries
@@ -11,6 +12,7 @@
 
 import { createSocket } from 'node:dgram';
 import { createServer, get } from 'node:http';
+import { createServer as listenRaw } from 'node:net';
 import { hostname } from 'node:os';
 import { loadNative } from '../../plugin/addon.ts';
 import { Api } from '../../plugin/agent/kubernetes/api.ts';
@@ -31,15 +33,21 @@ function say(event: object): void {
   process.stdout.write(`${JSON.stringify(event)}\n`);
 }
 
-function serve(port: number): void {
+function serve(port: number, raw: number): void {
   const server = createServer((request, response) => {
     const { remoteAddress, remotePort: clientPort } = request.socket;
     const client = unmapped(remoteAddress);
-    if (request.url !== '/quiet') say({ at: Date.now(), url: request.url, client, clientPort });
+    say({ at: Date.now(), url: request.url, client, clientPort });
     response.setHeader('content-type', 'application/json');
     response.end(JSON.stringify({ client, clientPort, server: hostname() }));
   });
   server.listen(port, '::', () => say({ listening: port }));
+  if (raw > 0) {
+    listenRaw((socket) => {
+      say({ at: Date.now(), connected: unmapped(socket.remoteAddress), clientPort: socket.remotePort });
+      socket.on('error', () => {}).end();
+    }).listen(raw, '::');
+  }
   process.once('SIGTERM', () => process.exit(0));
 }
 
@@ -160,7 +168,7 @@ interface ApiPod {
 }
 
 const [role, ...args] = process.argv.slice(2);
-if (role === 'serve') serve(Number(args[0]));
+if (role === 'serve') serve(Number(args[0]), Number(args[1] ?? 0));
 else if (role === 'ask') {
   ask(args[0] ?? '', Number(args[1] ?? 5)).then(say, (error: Error) => {
     say({ error: String(error.cause ?? error) });

@@ -19,7 +19,7 @@ import { dirname, join } from 'node:path';
 import { pipeline } from 'node:stream/promises';
 import { debianPackages, unpackDebian } from './debian.ts';
 import { type Architecture, IMAGE, imageReference, ROOT, VERSION } from './reference.ts';
-import { run } from './run.ts';
+import { archive, run } from './run.ts';
 import { billOfMaterials, type LinkedLibrary } from './sbom.ts';
 
 export interface ImageInputs {
@@ -61,7 +61,7 @@ export function origin(env: NodeJS.ProcessEnv = process.env): Origin {
 
 /** What the archive depends on, for a build that makes it only when that has changed. */
 export function imageInputs(inputs: ImageInputs): string {
-  const sources = ['build', 'debian', 'reference', 'run', 'sbom'].map((name) =>
+  const sources = ['build', 'debian', 'files', 'reference', 'run', 'sbom'].map((name) =>
     join(import.meta.dirname, `${name}.ts`),
   );
   const packages = debianPackages(inputs.architecture).map(({ name, sha256 }) => [name, sha256]);
@@ -109,7 +109,7 @@ export async function buildImage(inputs: ImageInputs, outputs: ImageOutputs): Pr
       [ours, `${IMAGE} ${VERSION}`],
     ] as const) {
       const layer = `${tree}.tar`;
-      archive(tree, layer, '.');
+      archive(tree, layer, 0, '.');
       run(['umoci', 'raw', 'add-layer', '--image', image, ...history(title), layer]);
       rmSync(layer);
     }
@@ -137,7 +137,7 @@ export async function buildImage(inputs: ImageInputs, outputs: ImageOutputs): Pr
     nameImage(join(layout, 'index.json'));
 
     const whole = join(work, 'image.tar');
-    archive(layout, whole, 'oci-layout', 'index.json', 'blobs');
+    archive(layout, whole, 0, 'oci-layout', 'index.json', 'blobs');
     for (const path of [outputs.archive, outputs.sbom]) mkdirSync(dirname(path), { recursive: true });
     writeFileSync(`${outputs.sbom}.new`, sbom);
     renameSync(`${outputs.sbom}.new`, outputs.sbom);
@@ -162,14 +162,4 @@ function nameImage(file: string): void {
     manifest.annotations = { ...manifest.annotations, 'io.containerd.image.name': imageReference() };
   }
   writeFileSync(file, JSON.stringify(index));
-}
-
-/** A tar archive of `members` of `directory` with nothing in it that is not content or permission. */
-function archive(directory: string, file: string, ...members: string[]): void {
-  run([
-    ...['tar', '--create', '--file', file, '--directory', directory],
-    ...['--sort=name', '--format=posix', '--pax-option=delete=atime,delete=ctime', '--mtime=@0'],
-    ...['--owner=0', '--group=0', '--numeric-owner', '--mode=u+rwX,go+rX,go-w'],
-    ...members,
-  ]);
 }

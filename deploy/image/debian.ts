@@ -9,7 +9,6 @@ import {
   lstatSync,
   mkdirSync,
   mkdtempSync,
-  readdirSync,
   readFileSync,
   readlinkSync,
   rmSync,
@@ -17,6 +16,7 @@ import {
   writeFileSync,
 } from 'node:fs';
 import { dirname, join } from 'node:path';
+import { pathsBelow } from './files.ts';
 import { type Architecture, ROOT } from './reference.ts';
 import { run } from './run.ts';
 
@@ -173,7 +173,7 @@ export function unpackDebian(packages: readonly DebianPackage[], tree: string): 
     const wanted = WANTED.find((one) => one.name === name)?.files ?? [];
     const contents = mkdtempSync(join(dirname(tree), `${name}-`));
     run(['dpkg-deb', '--extract', file, contents]);
-    const found = filesBelow(contents).filter((path) => /^(?:usr\/)?(?:s?bin|lib(?:64)?|etc|share\/doc)\//.test(path));
+    const found = pathsBelow(contents).filter((path) => /^(?:usr\/)?(?:s?bin|lib(?:64)?|etc|share\/doc)\//.test(path));
     const linked = found
       .filter((path) => wanted.includes(baseName(path)) && lstatSync(join(contents, path)).isSymbolicLink())
       .map((path) => baseName(readlinkSync(join(contents, path))));
@@ -193,12 +193,6 @@ export function unpackDebian(packages: readonly DebianPackage[], tree: string): 
 function copyEntry(from: string, to: string): void {
   mkdirSync(dirname(to), { recursive: true });
   cpSync(from, to, { verbatimSymlinks: true });
-}
-
-function filesBelow(directory: string): string[] {
-  return readdirSync(directory, { recursive: true, encoding: 'utf8' })
-    .filter((path) => !lstatSync(join(directory, path)).isDirectory())
-    .sort();
 }
 
 function baseName(path: string): string {

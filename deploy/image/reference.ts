@@ -25,12 +25,12 @@ export function imageReference(version: string = VERSION): string {
   return `${HUB}/${IMAGE}:${version}`;
 }
 
-/** The OCI archive that `npm run image` makes, absolute. */
-export function imageArchive(architecture: Architecture): string {
-  return join(ROOT, 'dist', `${IMAGE}-image-${architecture}.tar`);
+/** The OCI archive that `npm run image` makes. */
+export function imageArchive(architecture: Architecture, directory = join(ROOT, 'dist')): string {
+  return join(directory, `${IMAGE}-image-${architecture}.tar`);
 }
 
 /** Its ingredients, as CycloneDX. */
-export function imageSbom(architecture: Architecture): string {
-  return join(ROOT, 'dist', `${IMAGE}-image-${architecture}.cdx.json`);
+export function imageSbom(architecture: Architecture, directory = join(ROOT, 'dist')): string {
+  return join(directory, `${IMAGE}-image-${architecture}.cdx.json`);
 }

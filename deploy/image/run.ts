@@ -24,3 +24,18 @@ export function run(argv: readonly string[], { mayFail = false, ...options }: Ru
     `${argv.join(' ')}: ${signal ?? `exit ${status}`}: ${stderr.trim().split('\n').slice(-5).join('\n')}`,
   );
 }
+
+/**
+ * A tar archive of `members` of `directory`, with nothing in it that is not content or permission: everything is root's
+ * and of one time (seconds since 1970). Compressed if the name says so.
+ */
+export function archive(directory: string, file: string, epoch: number, ...members: string[]): void {
+  run([
+    ...['tar', '--create', '--file', file, '--directory', directory],
+    ...['--sort=name', '--format=posix', '--pax-option=delete=atime,delete=ctime', `--mtime=@${epoch}`],
+    ...['--owner=0', '--group=0', '--numeric-owner', '--mode=u+rwX,go+rX,go-w'],
+    // gzip would write down the time and the name.
+    ...(/\.t?gz$/.test(file) ? ['--use-compress-program=gzip --no-name'] : []),
+    ...members,
+  ]);
+}

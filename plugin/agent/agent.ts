@@ -29,12 +29,12 @@ import { decide as decideTarget, enrolmentOf } from '../commands/target.ts';
 import { attachSteps, describePod, detachSteps, isDead, sweepDead, type Target, targetOf } from '../datapath.ts';
 import { beginDrain, isDraining, tryEndDrains } from '../drain.ts';
 import { isUninstalled, rememberedInstall } from '../install/entry.ts';
-import { migrateAll } from '../migrate.ts';
+import { migrateAll, NO_CAPACITY } from '../migrate.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.ts';
 import { countPending, listPending, type PendingPod, removePending } from '../pending.ts';
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
 import { type PodIdentity, podIdentity } from '../redirect/enrolment.ts';
-import { hasCode, isNativeError, kernelReason, openState } from '../state.ts';
+import { hasCode, isNativeError, kernelReason, openState, supersededBy } from '../state.ts';
 import { StepQueue } from '../steps.ts';
 import { ZdsError, ZdsServer } from '../zds/server.ts';
 import { type CgroupFinding, cgroupOf, isGone } from './cgroups.ts';
@@ -120,6 +120,7 @@ export class Agent {
     this.settings = settings;
     this.log = log;
     this.readiness.add('state', () => (this.#compared ? null : 'state and kernel have not been compared yet'));
+    this.readiness.add('build', () => this.#superseded());
     this.readiness.add('zds', () => (this.#zds === undefined ? `${settings.zdsSocket} is not served yet` : null));
   }
 
@@ -262,7 +263,7 @@ export class Agent {
     }
     if (!inMesh) {
       if (config.proxy.contract === 'in-pod' && this.#zds?.isLive !== true) throw this.#noZtunnel();
-      await this.steps.run(attachSteps(this.native, config, target));
+      await this.steps.run(attachSteps(this.native, config, { ...target, resident: true }));
     }
     removePending(this.settings.runDir, key);
     const now = this.#withState((state) => this.native.getAttachment(state, key)) ?? record;
@@ -359,18 +360,26 @@ export class Agent {
 
   // ---- state -------------------------------------------------------------------------------------------------------
 
+  #superseded(): string | null {
+    try {
+      return this.#withState((state) => supersededBy(this.native, state, this.settings.stateDir)) ?? null;
+    } catch (error) {
+      return messageOf(error);
+    }
+  }
+
   /** What `install` does too: a node may get a new agent without it, and it may have been cut short. */
   #migrate(): void {
     // Where nobody has said what the plugin's entry is, the room that there is stays.
     const installed = rememberedInstall(this.settings.runDir);
-    const { maxPods } =
-      this.settings.conf !== undefined ? this.config : installed ? parseConfig(installed.wanted.entry) : { maxPods: 0 };
-    for (const [stateDir, { attachments, maxPods: room }] of migrateAll(this.native, {
+    const { maxPods, maxFlows, directFlowsPerPod } =
+      this.settings.conf !== undefined ? this.config : installed ? parseConfig(installed.wanted.entry) : NO_CAPACITY;
+    for (const [stateDir, { attachments, capacity }] of migrateAll(this.native, {
       ...this.#directories(),
-      maxPods,
+      ...{ maxPods, maxFlows, directFlowsPerPod },
     })) {
       if (attachments > 0) this.log.info({ stateDir, attachments }, 'attachments got the programs of this build');
-      if (room !== undefined) this.log.info({ stateDir, maxPods: room }, 'the maps have room for more pods');
+      if (capacity !== undefined) this.log.info({ stateDir, ...capacity }, 'the maps have room for more');
     }
   }
 
@@ -485,6 +494,11 @@ export class Agent {
         log.error({ kind, ...what }, 'the kernel is not as recorded');
       },
       onRepaired: (record) => log.info({ pod: describePod(record) }, 'made again as recorded'),
+      onForgotten: (record) => {
+        log.warn({ pod: describePod(record) }, 'has no interface any more and is not enrolled');
+        if (record.contract === 'shared') this.events.emit('unenrolled', podOf(record));
+        else void this.withdraw(record);
+      },
       onUnrepaired: (record, error) =>
         log.error({ pod: describePod(record), error: error.message }, 'could not be made again'),
       onTrouble: (error) => log.error({ error: error.message }, 'state and kernel could not be compared'),

@@ -15,6 +15,7 @@ import {
   targetOf,
   verify,
 } from '../datapath.ts';
+import { endDrainSteps } from '../drain.ts';
 import { isUninstalled } from '../install/entry.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.ts';
 import type { RedirectConfig } from '../redirect/config.ts';
@@ -38,6 +39,8 @@ export interface TruthOptions {
   config: RedirectConfig;
   onDrift: (drift: Drift) => void;
   onRepaired: (record: AttachmentRecord) => void;
+  /** its interface is gone while its namespace is not: it is recorded as one that is not enrolled */
+  onForgotten: (record: AttachmentRecord) => void;
   /** it stays as it is until the next comparison */
   onUnrepaired: (record: AttachmentRecord, error: Error) => void;
   /** a comparison could not be made */
@@ -165,7 +168,7 @@ export class Truth {
   }
 
   async #repair(state: State, key: AttachmentKey): Promise<void> {
-    const { native, steps, config, onDrift, onRepaired, onUnrepaired } = this.#options;
+    const { native, steps, config, onDrift, onRepaired, onForgotten, onUnrepaired } = this.#options;
     await new Promise(setImmediate);
     const record = native.getAttachment(state, key);
     if (record?.state !== 'attached' || isUninstalled(config.runDir)) return;
@@ -174,8 +177,14 @@ export class Truth {
     const pod = describePod(record);
     for (const { kind, object, expected, found } of findings) onDrift({ kind, pod, object, expected, found });
     try {
+      if (record.role === 'pod' && !hasInterface(native, record)) {
+        // Its programs went with the interface; what is left are entries for an index and addresses that others may get.
+        await steps.run(endDrainSteps(native, config, state, key, record));
+        onForgotten(record);
+        return;
+      }
       const wanted = { ...config, proxy: { ...config.proxy, contract: record.contract } };
-      const target = { ...targetOf(key, record, 'pod'), role: record.role, asRecorded: true };
+      const target = { ...targetOf(key, record, 'pod'), role: record.role, asRecorded: true, resident: true };
       await steps.run(attachSteps(native, wanted, target));
       onRepaired(record);
     } catch (error) {
@@ -211,4 +220,13 @@ export class Truth {
       });
     }
   }
+}
+
+/** By its name: one that was made anew has another index, and is attached to. */
+function hasInterface(native: Native, record: AttachmentRecord): boolean {
+  let found = false;
+  inOwnNetns(native, record, (netns) => {
+    found = native.linkByName(netns, record.ifname) !== null;
+  });
+  return found;
 }

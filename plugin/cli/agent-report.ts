@@ -1,26 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the node agent says of itself and of ztunnel, for `status`.
 
-import { AgentAbsentError, callAgent } from '../agent-client.ts';
+import * as v from 'valibot';
+import { AgentAbsentError, agentSocket, callAgent } from '../agent-client.ts';
+import { CniError } from '../cni/errors.ts';
 import { countPending } from '../pending.ts';
 import type { Directories } from '../state.ts';
 import type { ZdsConnectionState } from '../zds/server.ts';
 import { count, type Problem, type Survey } from './survey.ts';
 import { printable, type Terminal } from './terminal.ts';
 
-/** The answer of GET /v1/status. */
-interface AgentAnswer {
-  pid: number;
-  zds: { socket: string; connections: ZdsConnectionState[] };
-  workloads: number;
-  unacknowledged: number;
-  markForgeable: string | null;
-  unready: { condition: string; reason: string }[];
-}
+const connection = v.object({
+  pid: v.number(),
+  phase: v.picklist(['hello', 'snapshot', 'live'] satisfies ZdsConnectionState['phase'][]),
+  pods: v.number(),
+  newest: v.boolean(),
+  since: v.number(),
+});
+
+/** The answer of GET /v1/status: of an agent of any build, or of whoever has its socket. */
+const ANSWER = v.object({
+  pid: v.number(),
+  zds: v.object({ socket: v.string(), connections: v.array(connection) }),
+  workloads: v.number(),
+  unacknowledged: v.number(),
+  markForgeable: v.nullable(v.string()),
+  unready: v.array(v.object({ condition: v.string(), reason: v.string() })),
+});
 
 export interface AgentReport {
-  /** null: it is not there, and `absent` says why */
-  agent: AgentAnswer | null;
+  /** null: it is not there, or gives no such answer, and `absent` says why */
+  agent: v.InferOutput<typeof ANSWER> | null;
   absent: string;
   /** pods whose ADD found no agent or no ztunnel, and that are to be enrolled */
   pending: number;
@@ -31,11 +41,16 @@ const DEADLINE_MS = 1_000;
 export async function askForReport({ runDir }: Directories): Promise<AgentReport> {
   const pending = countPending(runDir);
   try {
-    const agent = (await callAgent(runDir, 'GET', '/v1/status', undefined, DEADLINE_MS)) as AgentAnswer;
-    return { agent, absent: '', pending };
+    const answer = v.safeParse(ANSWER, await callAgent(runDir, 'GET', '/v1/status', undefined, DEADLINE_MS));
+    if (answer.success) return { agent: answer.output, absent: '', pending };
+    const [issue] = answer.issues;
+    const place = v.getDotPath(issue);
+    const absent = `whoever serves ${agentSocket(runDir)} does not report as this build does${place === null ? '' : ` (${place})`}: ${issue.message}`;
+    return { agent: null, absent, pending };
   } catch (error) {
-    if (!(error instanceof AgentAbsentError)) throw error;
-    return { agent: null, absent: error.message, pending };
+    if (error instanceof AgentAbsentError) return { agent: null, absent: error.message, pending };
+    if (!(error instanceof CniError)) throw error;
+    return { agent: null, absent: `it answered: ${error.msg}: ${error.details}`, pending };
   }
 }
 

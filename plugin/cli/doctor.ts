@@ -16,6 +16,7 @@ import { ANNOTATIONS_CAPABILITY } from '../redirect/annotations.ts';
 import { declaresCapability, parseConfig, type RedirectConfig } from '../redirect/config.ts';
 import { decideEnrolment } from '../redirect/enrolment.ts';
 import { type Directories, hasCode } from '../state.ts';
+import { primaries } from './primaries.ts';
 import { type Survey, survey } from './survey.ts';
 import { formatTable } from './table.ts';
 import { printable, type Terminal } from './terminal.ts';
@@ -127,6 +128,7 @@ export function diagnose(native: Native, directories: Directories, confDir: stri
     ...bpffs(native, directories),
     ...attempt('state', () => state(native, directories, entryIn(confDir))),
     ...conflists(confDir),
+    ...attempt('primary plugin', () => primaries(native, filesOf(confDir), entryIn(confDir)?.proxy.contract)),
     ...sysctls(),
     {
       level: 'note',
@@ -292,6 +294,15 @@ export function otherwiseDecided(
     }[role];
     return [{ level: 'note', subject: describePod(record), text: `${is}; ${would}` }];
   });
+}
+
+/** []: the directory cannot be read, which is among the findings about it. */
+function filesOf(directory: string): FoundFile[] {
+  try {
+    return readNetworkDirectory(directory);
+  } catch {
+    return [];
+  }
 }
 
 /** The files as a runtime reads them: by name, and containerd takes the first only. */

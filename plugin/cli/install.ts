@@ -8,7 +8,7 @@ import { removeRedirections } from '../agent/kubernetes/unannotate.ts';
 import type { EntryOptions } from '../install/entry.ts';
 import { ownExecutable } from '../install/executable.ts';
 import { install } from '../install/install.ts';
-import { uninstall } from '../install/uninstall.ts';
+import { installedAgain, uninstall } from '../install/uninstall.ts';
 import {
   type CONFLIST_SETTINGS,
   type DIRECTORY_SETTINGS,
@@ -48,16 +48,30 @@ export async function installCommand(terminal: Terminal, values: Values<typeof I
     { ...options, binDir: cniBinDir, stateDir, runDir, wait, executable: ownExecutable() },
     () => terminal.err(`waiting for a network configuration in ${cniNetDir}\n`),
   );
-  for (const [dir, { attachments, maxPods }] of installed.migrated) {
+  for (const [dir, { attachments, capacity }] of installed.migrated) {
     if (attachments > 0) terminal.out(`${dir}: ${count(attachments, 'attachment')} with the programs of this build\n`);
-    if (maxPods !== undefined) terminal.out(`${dir}: room for ${count(maxPods, 'pod')}\n`);
+    if (capacity !== undefined) {
+      const { maxPods, maxFlows, directFlowsPerPod } = capacity;
+      const room = `${count(maxPods, 'pod')}, ${count(maxFlows, 'flow')}, ${count(directFlowsPerPod, 'direct flow')} of each pod`;
+      terminal.out(`${dir}: room for ${room}\n`);
+    }
   }
   terminal.out(`${cniBinDir}/ambient-redirect: ${installed.executableChanged ? 'installed' : 'unchanged'}\n`);
   terminal.out(`${cniNetDir}/${installed.name}: ${installed.notes.join(', ') || 'unchanged'}\n`);
   return 0;
 }
 
+/** With `stay` until a signal. */
 export async function uninstallCommand(terminal: Terminal, values: Values<typeof UNINSTALL_SETTINGS>): Promise<0> {
+  const ended = new AbortController();
+  if (values.stay) for (const signal of ['SIGTERM', 'SIGINT']) process.once(signal, () => ended.abort());
+  do {
+    await uninstallOnce(terminal, values);
+  } while (values.stay && (await installedAgain(values.runDir, ended.signal)));
+  return 0;
+}
+
+async function uninstallOnce(terminal: Terminal, values: Values<typeof UNINSTALL_SETTINGS>): Promise<void> {
   const { cniNetDir, cniBinDir, nodeName } = values;
   const access = clusterAccess(values);
   if (access !== undefined && nodeName === '') {
@@ -81,5 +95,4 @@ export async function uninstallCommand(terminal: Terminal, values: Values<typeof
   terminal.out(`${count(pods.length, 'pod')} unenrolled\n`);
   if (executableKept === '') terminal.out(`removed ${cniBinDir}/ambient-redirect\n`);
   else terminal.err(`${cniBinDir}/ambient-redirect stays: ${executableKept}\n`);
-  return 0;
 }

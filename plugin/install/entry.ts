@@ -9,9 +9,11 @@ import type { Native } from '../native.ts';
 import { hasCode, stepError } from '../state.ts';
 import {
   type Edit,
+  isAmbientIstio,
   isOwned,
   ownedList,
   PLUGIN_TYPE,
+  RivalError,
   undoOf,
   type Wanted,
   withEntry,
@@ -66,6 +68,7 @@ function ensureOnce(options: EntryOptions, step: Step): Ensured | null {
   const found = readNetworkDirectory(netDir);
   const primary = findPrimary(found, confName);
   if (primary === undefined) return null;
+  assertNoRival(found, primary, options);
   const notes: string[] = [];
   const name =
     ownedName === undefined
@@ -81,6 +84,23 @@ function ensureOnce(options: EntryOptions, step: Step): Ensured | null {
     }
   }
   return { name, primary: primary.name, notes };
+}
+
+/**
+ * An istio-cni in ambient mode in another file than ours, which is the one that the runtime reads without us: Istio's own
+ * list (02-istio-cni.conflist). One in the file that the entry goes into is found there.
+ */
+function assertNoRival(found: readonly FoundFile[], primary: PrimaryFile, { ownedName, wanted }: EntryOptions): void {
+  const read = findPrimary(found, undefined);
+  if (read === undefined || read.name === primary.name || !read.file.plugins.some(isAmbientIstio)) return;
+  const where = `${read.name} is read before ${primary.name} and has an entry of istio-cni with ambient_enabled`;
+  if (wanted.replaceIstio !== true) {
+    throw new RivalError(
+      `${where}: both would redirect the same pods; switch its ambient mode off, or let it be replaced (--replace-istio-cni)`,
+    );
+  }
+  if (ownedName !== undefined && Buffer.compare(Buffer.from(ownedName), Buffer.from(read.name)) < 0) return;
+  throw new RivalError(`${where}: an entry in ${primary.name} would never be called; name ${read.name}, or no file`);
 }
 
 /** Returns the name of the file that has the entry then. */

@@ -49,8 +49,9 @@ export async function install(
   const { stateDir, runDir, netDir, binDir, executable, wait } = options;
   // Before anything else, so that an agent that runs does not take the node for one that is being left.
   unmarkUninstalled(runDir);
-  const { maxPods } = parseConfig(options.wanted.entry);
-  const migrated = migrateAll(native, { stateDir, runDir, maxPods });
+  const { maxPods, maxFlows, directFlowsPerPod } = parseConfig(options.wanted.entry);
+  const capacity = { stateDir, runDir, maxPods, maxFlows, directFlowsPerPod };
+  const migrated = migrateAll(native, capacity);
   const executableChanged = installLocked(native, runDir, () => {
     const changed = placeExecutable(executable, binDir, step);
     const { confName, ownedName, wanted, groupRead } = options;
@@ -58,7 +59,7 @@ export async function install(
     return changed;
   });
   // ADDs of the executable that was there until now may have loaded its programs again.
-  for (const [dir, more] of migrateAll(native, { stateDir, runDir, maxPods })) {
+  for (const [dir, more] of migrateAll(native, capacity)) {
     const before = migrated.get(dir);
     migrated.set(dir, { ...before, ...more, attachments: more.attachments + (before?.attachments ?? 0) });
   }

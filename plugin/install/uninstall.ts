@@ -11,7 +11,7 @@ import { beginDrain, DRAIN_SETTLE_MS, endDrain, isDraining, proxiedConnections }
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.ts';
 import { type Directories, knownStateDirs, openState } from '../state.ts';
 import { PLUGIN_TYPE } from './conflist.ts';
-import { installLocked, markUninstalled, removeEntries } from './entry.ts';
+import { installLocked, isUninstalled, markUninstalled, removeEntries } from './entry.ts';
 import { removeExecutable } from './executable.ts';
 import type { Step } from './files.ts';
 import { filesThatRefer } from './network-directory.ts';
@@ -71,12 +71,26 @@ export async function uninstall(
     await leaveState(native, { stateDir, runDir }, deadline, outcome, report, step);
   }
   outcome.executableKept = installLocked(native, runDir, () => {
-    const kept = whyExecutableStays(netDir, existsSync(crioSocket) ? cniCacheDir : undefined);
+    // In a container the socket is seen past process 1, where the node's processes are.
+    const isCrio = [crioSocket, join('/proc/1/root', crioSocket)].some((path) => existsSync(path));
+    const kept = whyExecutableStays(netDir, isCrio ? cniCacheDir : undefined);
     if (kept === '') removeExecutable(binDir, step);
     return kept;
   });
   for (const file of ['draining', 'state-dirs']) rmSync(join(runDir, file), { force: true });
   return outcome;
+}
+
+/** How long an install that nothing told of (the directory was made anew) goes unseen. */
+const LOOK_MILLISECONDS = 1000;
+
+/** true when install has been run since; false when `ended` is aborted. */
+export async function installedAgain(runDir: string, ended: AbortSignal): Promise<boolean> {
+  while (isUninstalled(runDir)) {
+    if (ended.aborted) return false;
+    await delay(LOOK_MILLISECONDS, undefined, { signal: ended }).catch(() => {});
+  }
+  return !ended.aborted;
 }
 
 /** Drains and detaches every pod, then the proxies, then removes the directory. */

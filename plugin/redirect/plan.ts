@@ -68,7 +68,13 @@ export interface AttachPlan {
 
 type Flags = Native['flags'];
 
-function podFlags(
+/** Of what podFlags() gives, the bits that a pod's own annotations change. */
+export function wishedFlags(flags: Flags): number {
+  return (flags.INTERFACE_DNS ?? 0) | (flags.INTERFACE_NO_PLAINTEXT ?? 0) | (flags.INTERFACE_NO_HBONE ?? 0);
+}
+
+/** Throws CniError 999. */
+export function podFlags(
   config: RedirectConfig,
   shaped: boolean,
   strict: boolean,

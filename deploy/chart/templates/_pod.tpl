@@ -61,13 +61,10 @@ securityContext:
   capabilities:
     drop: [ALL]
     add:
-      # Maps, programs and links.
-      - BPF
-      # Programs that read the kernel's memory by pointers of its own, and the ring of "trace".
-      - PERFMON
       # Links, qdiscs and filters of the node and of pods; rules and routes where a proxy listens.
       - NET_ADMIN
-      # Entering the network namespaces of pods; opening programs and links by their number.
+      # Entering the network namespaces of pods, for which there is none that allows less. It allows what BPF and PERFMON
+      # do: maps, programs, links.
       - SYS_ADMIN
       # /proc/PID/ns and /proc/1/root of processes with other rights: pods that no file leads to, ztunnel's cgroup.
       - SYS_PTRACE
@@ -138,6 +135,10 @@ securityContext:
     path: {{ .Values.cniNetnsDir }}
     # Runtimes make it for the first pod with a network of its own.
     type: DirectoryOrCreate
+{{ include "ambient-redirect.token-volume" . }}
+{{- end -}}
+
+{{- define "ambient-redirect.token-volume" -}}
 # What kubelet mounts by itself into every container, for one of them.
 - name: token
   projected:
@@ -224,6 +225,49 @@ CNI_BIN_DIR: {{ .Values.cniBinDir }}
 AMBIENT_REDIRECT_KUBE_API: {{ .Values.agent.kubeApi | quote }}
 AMBIENT_REDIRECT_DRAIN_TIMEOUT: {{ .Values.uninstall.drainTimeout | quote }}
 AMBIENT_REDIRECT_EXECUTABLE_DELAY: {{ .Values.uninstall.executableDelay | quote }}
+{{- end -}}
+
+{{- define "ambient-redirect.wait-variables" -}}
+AMBIENT_REDIRECT_KUBE_API: {{ .Values.agent.kubeApi | quote }}
+AMBIENT_REDIRECT_UNINSTALL_DAEMON_SET: {{ .Release.Namespace }}/istio-cni-node-uninstall
+AMBIENT_REDIRECT_AGENT_DAEMON_SET: {{ .Release.Namespace }}/istio-cni-node
+AMBIENT_REDIRECT_UNINSTALL_TIMEOUT: {{ .Values.uninstall.timeout | quote }}
+{{- end -}}
+
+{{/* (list . STAY) */}}
+{{- define "ambient-redirect.uninstall-container" -}}
+{{- $stay := index . 1 -}}
+{{- with index . 0 -}}
+image: {{ include "ambient-redirect.image" . | quote }}
+{{- with include "ambient-redirect.pull-policy" . }}
+{{ . }}
+{{- end }}
+args: [uninstall]
+env:
+  - name: NODE_NAME
+    valueFrom:
+      fieldRef:
+        fieldPath: spec.nodeName
+  {{- $variables := include "ambient-redirect.uninstall-variables" . | fromYaml }}
+  {{- $_ := set $variables "AMBIENT_REDIRECT_STAY" $stay }}
+  {{- include "ambient-redirect.environment" (dict "variables" $variables "env" .Values.env) | trim | nindent 2 }}
+{{ include "ambient-redirect.security" . }}
+resources:
+  requests:
+    cpu: 10m
+    memory: 64Mi
+volumeMounts:
+  {{- include "ambient-redirect.mounts" . | nindent 2 }}
+  # The executable goes from here.
+  - name: cni-bin-dir
+    mountPath: {{ .Values.cniBinDir }}
+  # Where CRI-O keeps what it will call DEL with.
+  - name: cni-cache
+    mountPath: /var/lib/cni
+    readOnly: true
+  # The pods' annotations go.
+  {{- include "ambient-redirect.token-mount" . | nindent 2 }}
+{{- end -}}
 {{- end -}}
 
 {{- define "ambient-redirect.config-dir" -}}

@@ -1,13 +1,35 @@
 {{/* SPDX-License-Identifier: Apache-2.0 */}}
 {{/*
+(list MAP OTHER): what OTHER has goes into MAP, but for what is empty there. sprig's mergeOverwrite does not let false go
+over true.
+*/}}
+{{- define "ambient-redirect.over" -}}
+{{- $map := index . 0 -}}
+{{- range $key, $value := index . 1 -}}
+{{- $there := get $map $key -}}
+{{- if and (kindIs "map" $value) (kindIs "map" $there) -}}
+{{- include "ambient-redirect.over" (list $there $value) -}}
+{{- else if not (or (kindIs "invalid" $value) (eq (toString $value) "")) -}}
+{{- $_ := set $map $key $value -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/*
 What Istio 1.20 has under "cni." goes over what is at the top. Every template begins with this; doing it again changes
 nothing.
 */}}
 {{- define "ambient-redirect.values" -}}
-{{- if .Values.cni -}}
-{{- $_ := mergeOverwrite .Values (deepCopy .Values.cni) -}}
+{{- with .Values.cni -}}
+{{- include "ambient-redirect.over" (list $.Values (deepCopy .)) -}}
 {{- end -}}
 {{- $v := .Values -}}
+{{- if not $v.cniBinDir -}}
+{{- $_ := set $v "cniBinDir" (ternary "/home/kubernetes/bin" "/opt/cni/bin" (contains "-gke" .Capabilities.KubeVersion.Version)) -}}
+{{- end -}}
+{{- if not $v.cniNetnsDir -}}
+{{- $_ := set $v "cniNetnsDir" "/var/run/netns" -}}
+{{- end -}}
 {{- if not $v.ambient.enabled -}}
 {{- fail "ambient.enabled is false: this chart is nothing but ambient redirection" -}}
 {{- end -}}
@@ -83,5 +105,25 @@ conflist, and the agent, which enrols by it, read it from one file.
 {{- $entry := dict "type" "ambient-redirect" "proxy" $proxy "dnsCapture" $v.ambient.dnsCapture -}}
 {{- $_ := set $entry "excludeNamespaces" (append $v.excludeNamespaces .Release.Namespace | uniq) -}}
 {{- $_ := set $entry "logLevel" (include "ambient-redirect.level" $v.logLevel) -}}
-{{- mergeOverwrite $entry (deepCopy $v.entry) | toPrettyJson -}}
+{{- include "ambient-redirect.over" (list $entry (deepCopy $v.entry)) -}}
+{{- toPrettyJson $entry -}}
+{{- end -}}
+
+{{/* "- PATH: REASON" for each value of files/ignored.yaml that was given. */}}
+{{- define "ambient-redirect.ignored" -}}
+{{- $values := .Values -}}
+{{- range $path, $reason := .Files.Get "files/ignored.yaml" | fromYaml -}}
+{{- $found := dict "value" $values "given" true -}}
+{{- range $key := splitList "." $path -}}
+{{- if and $found.given (kindIs "map" $found.value) (hasKey $found.value $key) -}}
+{{- $_ := set $found "value" (index $found.value $key) -}}
+{{- else -}}
+{{- $_ := set $found "given" false -}}
+{{- end -}}
+{{- end -}}
+{{- /* Istio's own values.yaml has most of them empty, which asks for nothing. */ -}}
+{{- if and $found.given (not (kindIs "invalid" $found.value)) (ne (toString $found.value) "") }}
+- {{ $path }}: {{ $reason }}
+{{- end -}}
+{{- end -}}
 {{- end -}}

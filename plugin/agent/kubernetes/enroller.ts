@@ -12,10 +12,13 @@ import { withWishes } from '../../commands/target.ts';
 import { attachSteps, describePod, detachRecordSteps, isDead, type Target, verify } from '../../datapath.ts';
 import { beginDrain, DRAIN_SETTLE_MS, endDrainSteps, isDraining, proxiedConnections } from '../../drain.ts';
 import { isUninstalled } from '../../install/entry.ts';
-import type { AttachmentRecord, Native, State } from '../../native.ts';
-import { trafficAnnotations } from '../../redirect/annotations.ts';
+import type { AttachmentRecord, ExclusionRule, Native, State } from '../../native.ts';
+import { type TrafficAnnotations, trafficAnnotations } from '../../redirect/annotations.ts';
 import type { RedirectConfig } from '../../redirect/config.ts';
+import { exclusionRules } from '../../redirect/exclusions.ts';
+import { podFlags, wishedFlags } from '../../redirect/plan.ts';
 import type { EnablementSelector } from '../../redirect/selectors.ts';
+import { isNobodyBeside } from '../../state.ts';
 import type { StepQueue } from '../../steps.ts';
 import { type Api, ApiError } from './api.ts';
 import { enrolmentOf } from './enrolment.ts';
@@ -43,6 +46,8 @@ export interface EnrollerOptions {
   native: Native;
   steps: StepQueue;
   config: RedirectConfig;
+  /** `config` is what the plugin's entry in the conflist says too */
+  knowsEntry: boolean;
   enablementSelectors?: readonly EnablementSelector[] | undefined;
   /** name of the network in the conflist: part of an attachment's key */
   network: string;
@@ -73,7 +78,7 @@ const INTERFACE = 'eth0';
 const PARALLEL = 16;
 /** How soon a pod that drains is looked at again. */
 const DRAIN_CHECK_MS = 1_000;
-/** A record says "attaching" for as long as an ADD runs; a longer one was killed. */
+/** A record says "attaching" for as long as an ADD runs; one that runs for longer was killed. */
 const ADD_SECONDS = 30;
 /** Failures of a pod before it gets an Event: shorter troubles are nobody's business. */
 const TRIES_BEFORE_EVENT = 4;
@@ -365,9 +370,7 @@ export class Enroller {
     if (role === 'proxy' && config.proxy.contract === 'in-pod') return true;
     let record = attachment?.record;
     let key = attachment?.key;
-    if (record?.state === 'attaching' && Date.now() / 1000 - record.enrolledAt < ADD_SECONDS) {
-      throw new NotYet('an ADD is at work');
-    }
+    if (record?.state === 'attaching' && !(await this.#isAbandoned(record))) throw new NotYet('an ADD is at work');
     if (attachment !== undefined && record?.state === 'attached' && record.contract !== config.proxy.contract) {
       await this.#leave(pod, attachment, `the contract is "${config.proxy.contract}" now`);
       record = native.getAttachment(state, attachment.key) ?? undefined;
@@ -376,11 +379,13 @@ export class Enroller {
     }
     const wishes = trafficAnnotations(pod.annotations, config.podOverrides);
     const text = JSON.stringify(wishes);
-    const attached =
-      record?.state === 'attached' &&
-      record.role === role &&
-      !isDraining(native, record) &&
-      (this.#wishes.get(pod.uid) ?? text) === text;
+    const inMesh = record?.state === 'attached' && record.role === role && !isDraining(native, record);
+    if (inMesh && this.#wishes.get(pod.uid) === undefined && record !== undefined && role === 'pod') {
+      // What it asks for may have changed while no agent was there to see it.
+      if (this.#isAsWished(state, record, wishes)) this.#wishes.set(pod.uid, text);
+      else log('info', `${describePod(record)} asks for something else than it has`, { uid: pod.uid });
+    }
+    const attached = inMesh && (role === 'proxy' || this.#wishes.get(pod.uid) === text);
     if (attached && attachment !== undefined && record !== undefined) {
       const findings = () => verify(native, state, config, attachment.key, attachment.record);
       if (findings().length > 0) await compare(attachment.record);
@@ -391,8 +396,10 @@ export class Enroller {
     } else {
       // Not worth the while any more, and in the way of its DEL.
       if (pod.deleting) return false;
-      this.#tellGap(pod);
-      const absent = this.#options.proxyAbsent?.() ?? null;
+      if (!inMesh) this.#tellGap(pod, attachment);
+      // No connection that this pod may have is older than its enrolment: there is nothing to spare.
+      const strict = attachment === undefined && config.failurePolicy === 'closed' && this.#wasEnrolled(pod);
+      const absent = strict || inMesh ? null : (this.#options.proxyAbsent?.() ?? null);
       if (absent !== null) {
         await this.#annotate(pod, null);
         throw new NotYet(absent);
@@ -400,21 +407,25 @@ export class Enroller {
       try {
         const place = attachment ?? (await this.#find(pod, ifname));
         if (place === null) return false;
-        const target = this.#target(pod, place, ifname, role);
-        record = await steps.run(
-          attachSteps(native, withWishes(config, wishes), { ...target, bypassInbound: wishes.bypassInbound }),
-        );
+        const target = {
+          ...this.#target(pod, place, ifname, role),
+          strict,
+          bypassInbound: wishes.bypassInbound,
+          resident: true,
+        };
+        record = await steps.run(attachSteps(native, withWishes(config, wishes), target));
         key = target.key;
         records.note(key, record);
       } catch (error) {
-        // What says "enabled" and is not makes every peer of the mesh fail.
-        await this.#annotate(pod, null).catch(() => {});
+        // What says "enabled" and is not makes every peer of the mesh fail. One that was attached still is, as it was.
+        if (!inMesh) await this.#annotate(pod, null).catch(() => {});
         throw error;
       }
       this.#count('attached');
       log('info', `attached ${describePod(record)}: ${reason}`, { uid: pod.uid, interface: record.hostIfname });
     }
     this.#wishes.set(pod.uid, text);
+    this.#gaps.delete(pod.uid);
     if (role === 'proxy' || record === undefined || key === undefined) return true;
     let acknowledged: 'acknowledged' | 'pending' = 'acknowledged';
     try {
@@ -427,15 +438,49 @@ export class Enroller {
     return true;
   }
 
+  /** Without the node's own entry nobody can tell what a pod has by its annotations: then what it has is right. */
+  #isAsWished(state: State, record: AttachmentRecord, wishes: TrafficAnnotations): boolean {
+    const { native, config, knowsEntry } = this.#options;
+    if (!knowsEntry) return true;
+    const wanted = withWishes(config, wishes);
+    const changeable = wishedFlags(native.flags);
+    const flags = podFlags(wanted, false, false, wishes.bypassInbound, native.flags);
+    const text = (rules: readonly ExclusionRule[]) =>
+      rules
+        .map(({ kind, value, length, excluded }) => `${kind} ${hex(value)}/${length} ${excluded}`)
+        .sort()
+        .join();
+    return (
+      (flags & changeable) === (record.flags & changeable) &&
+      text(exclusionRules(wanted.exclude)) === text(native.getExclusions(state, record.interfaceId))
+    );
+  }
+
+  /** Asked when no attach of this process is under way, which would be taken for somebody's ADD. */
+  async #isAbandoned({ enrolledAt }: AttachmentRecord): Promise<boolean> {
+    const { native, steps, config } = this.#options;
+    if (Date.now() / 1000 - enrolledAt >= ADD_SECONDS) return true;
+    return steps.between(() => isNobodyBeside(native, config.runDir, enrolledAt));
+  }
+
+  /** The mesh was told so, and since then nobody has taken the pod out of it. */
+  #wasEnrolled({ uid }: KubernetesPod): boolean {
+    return this.#gaps.has(uid) || this.#wishes.has(uid);
+  }
+
   /**
    * The mesh has been told that the pod is redirected, and it is not: bpffs is empty after a reboot, or somebody has
-   * removed the state. What it did until now went around the proxy, which cannot be undone, only said.
+   * removed the state. What it did until now went around the proxy, which cannot be undone, only said. With
+   * failurePolicy "closed" what it has opened meanwhile ends here (see "strict" in #enter).
    */
-  #tellGap(pod: KubernetesPod): void {
-    if (pod.annotations.get(REDIRECTION) !== 'enabled' || this.#wishes.has(pod.uid) || this.#gaps.has(pod.uid)) return;
+  #tellGap(pod: KubernetesPod, attachment: Attachment | undefined): void {
+    if (pod.annotations.get(REDIRECTION) !== 'enabled' || this.#gaps.has(pod.uid)) return;
+    // One that this process has had attached, and that is recorded still, was taken out on purpose.
+    if (attachment !== undefined && this.#wishes.has(pod.uid)) return;
     this.#gaps.add(pod.uid);
     this.#count('found_open');
-    const text = 'its annotation says that it is redirected, and it was not: its connections until now were direct';
+    const after = this.#options.config.failurePolicy === 'closed' ? 'do not go on' : 'go on so';
+    const text = `its annotation says that it is redirected, and it was not: connections opened until now were direct, and ${after}`;
     this.#options.log('warn', `${pod.namespace}/${pod.name}: ${text}`, { uid: pod.uid });
   }
 
@@ -498,6 +543,10 @@ export class Enroller {
   async #leave(pod: KubernetesPod | null, attachment: Attachment, reason: string): Promise<void> {
     const { native, steps, config, log, onDetached } = this.#options;
     const { key, record } = attachment;
+    if (pod !== null) {
+      this.#wishes.delete(pod.uid);
+      this.#gaps.delete(pod.uid);
+    }
     const failure =
       pod === null
         ? null

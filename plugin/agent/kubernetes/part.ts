@@ -4,6 +4,7 @@
 import { Counter, Gauge, Histogram } from 'prom-client';
 import { hex } from '../../attachments.ts';
 import { CniError, Code } from '../../cni/errors.ts';
+import { rememberedInstall } from '../../install/entry.ts';
 import type { Agent } from '../agent.ts';
 import { entrySettings } from '../entry-settings.ts';
 import type { AgentSettings } from '../settings.ts';
@@ -70,6 +71,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
     native,
     steps: agent.steps,
     config,
+    knowsEntry: settings.conf !== undefined || rememberedInstall(settings.runDir) !== undefined,
     enablementSelectors,
     network,
     pinned,
@@ -103,6 +105,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   // A ztunnel that has come takes what waited for one.
   agent.events.on('ztunnel', () => enroller.lookAtAll());
   agent.events.on('enrolled', ({ uid }) => enroller.look(uid));
+  agent.events.on('unenrolled', ({ uid }) => enroller.look(uid));
   agent.directories.unshift({
     find: async ({ namespace, name, uid }) => {
       const { enrolled, reason, serviceAccount } = await enroller.answer({ namespace, name, uid, ifname: 'eth0' });

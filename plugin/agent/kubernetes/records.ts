@@ -8,7 +8,7 @@ import { hex } from '../../attachments.ts';
 import { isUninstalled } from '../../install/entry.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../../native.ts';
 import type { RedirectConfig } from '../../redirect/config.ts';
-import { ensurePrograms, ensureState } from '../../state.ts';
+import { ensurePrograms, ensureState, supersededBy } from '../../state.ts';
 
 export interface Attachment {
   key: AttachmentKey;
@@ -33,14 +33,15 @@ export class PinnedState {
   current(): { state: State; records: Records } | null {
     const native = this.#native;
     const { stateDir, runDir } = this.#config;
-    const pin = join(stateDir, 'attachments');
+    // Larger maps come with settings of their own.
+    const pin = join(stateDir, 'settings');
     const ino = statSync(pin, { bigint: true, throwIfNoEntry: false })?.ino;
     if (this.#opened !== undefined && this.#opened.ino === ino) return this.#opened;
     this.close();
     if (ino === undefined && isUninstalled(runDir)) return null;
     const state = ensureState(native, this.#config);
     // Here, so that the first pod need not wait for the verifier.
-    ensurePrograms(native, state, this.#config);
+    if (supersededBy(native, state, stateDir) === null) ensurePrograms(native, state, this.#config);
     this.#opened = { state, ino: statSync(pin, { bigint: true }).ino, records: new Records(native, state) };
     return this.#opened;
   }
