@@ -48,7 +48,7 @@ import {
   UNMARKED,
   within,
 } from './in-pod-node.ts';
-import { inPodLookup } from './lookup.ts';
+import { forgetListeners, inPodLookup } from './lookup.ts';
 import { drop, type Family, families, MARKS, type Outcome, pass, VERDICT } from './node.ts';
 import { NOT_TCP, notTcp, readable, TAGGED, tagged, unreadable } from './parse-cases.ts';
 
@@ -459,6 +459,18 @@ export function inPod(datapath: () => InPodDatapath): void {
           await egress(udpFrame(out, { ...listener, port: 0 }, to), drop('drop_spoofed_source'), { mark });
         });
 
+        test('what ends before its checksum cannot be changed: dropped', async () => {
+          capture();
+          const failed = drop('drop_redirect_failed');
+          const cut = (protocol: number, from: End, to: End, whole: Buffer, length: number) =>
+            ipFrame(out, ipPacket(from.address, to.address, protocol, whole.subarray(0, length)));
+          const from = mine();
+          await egress(cut(IPPROTO_UDP, from, resolver, udpDatagram(from, resolver), 7), failed);
+          await egress(cut(IPPROTO_TCP, from, resolver, tcpSegment(from, resolver), 16), failed);
+          const to = { address: outside, port: from.port };
+          await egress(cut(IPPROTO_UDP, listener, to, udpDatagram(listener, to), 7), failed, { mark: PROXY_MARK });
+        });
+
         test('an answer in fragments: all of them come from the resolver', async () => {
           capture();
           const from = { address: its.second, port: 30_002 };
@@ -622,6 +634,29 @@ export function inPod(datapath: () => InPodDatapath): void {
           mark: MARKS.bypass,
           frame: answer,
         });
+      });
+
+      test('a listener too many to pick: dropped', async () => {
+        const d = datapath();
+        const { native } = d.node;
+        const id = 0x80005000;
+        const outcomes = { verdict: VERDICT.DROP, reason: 'drop_redirect_failed', mark: 0 };
+        const capacity = native.mapUsage(d.state).find(({ map }) => map === 'listeners')?.capacity ?? 0;
+        forgetListeners(d);
+        try {
+          // Each under the id of another interface.
+          for (let other = 0; other < capacity; other++) {
+            native.deleteInterface(d.state, id + other - 1);
+            enrol({ id: id + other });
+            await ingress(toPod(), pass('redirected_inbound', 0), { id: id + other });
+          }
+          native.deleteInterface(d.state, id + capacity - 1);
+          enrol({ id: id + capacity });
+          await ingress(toPod(), outcomes, { id: id + capacity });
+          native.deleteInterface(d.state, id + capacity);
+        } finally {
+          forgetListeners(d);
+        }
       });
 
       test('an excluded port', async () => {

@@ -101,7 +101,7 @@ function age(loaded: Loaded): void {
 }
 
 /** Takes away the listeners that were put there. */
-function forgetListeners(loaded: Loaded): void {
+export function forgetListeners(loaded: Loaded): void {
   for (const { key } of elements(loaded, 'listeners')) {
     must(['bpftool', 'map', 'delete', 'pinned', join(loaded.directory, 'listeners'), 'key', ...hex(key)]);
   }

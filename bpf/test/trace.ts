@@ -29,6 +29,7 @@ export function trace(datapath: () => Datapath): void {
         const spoofed = tcpFrame(fromPod, { ...from, address: its.outsideAtOld }, to, { flags: SYN });
         await datapath().check('pod_egress', spoofed, drop('drop_spoofed_source'));
         await datapath().check('pod_egress', arpFrame(fromPod, '10.71.0.2', '10.71.0.1'), pass('pass_not_tcp'));
+        expect(node.native.getTrace(state).lost).toBe(0);
         // The end of it: an event that is always reported.
         node.native.setTrace(state, { ifindex: last.ifindex, reason: null });
         const arp = arpFrame(fromPod, '10.71.0.9', '10.71.0.1');
@@ -62,6 +63,34 @@ export function trace(datapath: () => Datapath): void {
       expect(first?.length).toBe(family === 4 ? 54 : 74);
       expect([first?.sourcePort !== HTTP, first?.destinationPort]).toEqual([true, HTTP]);
       expect([arp?.family, arp?.flags, arp?.length]).toEqual([0, 0, 42]);
+    });
+    test('those that find no room in the buffer are counted as lost', async () => {
+      const d = datapath();
+      const { native } = d.node;
+      // In this process, which therefore does not read meanwhile, and on its lo.
+      const lo = 1;
+      const fd = native.openProgram(d.pathOf('pod_egress'));
+      const own = native.getInterface(d.state, d.node.ifindex.pod);
+      let seen = 0;
+      const stop = native.followEvents(d.state, (more) => {
+        seen += more.length;
+      });
+      try {
+        if (own !== null) native.putInterface(d.state, lo, own);
+        native.setTrace(d.state, { ifindex: lo, reason: null });
+        const sent = 50_000;
+        native.testRun(fd, arpFrame(fromPod, '10.71.0.2', '10.71.0.1'), { ifindex: lo, repeat: sent });
+        const { lost } = native.getTrace(d.state);
+        expect(lost > 0 && lost < sent).toBe(true);
+        await until('all others', () => seen >= sent - lost);
+        expect(seen).toBe(sent - lost);
+      } finally {
+        native.setTrace(d.state, null);
+        native.deleteInterface(d.state, lo);
+        native.deleteCounters(d.state, lo);
+        native.close(fd);
+        stop();
+      }
     });
     test('of one interface', async () => {
       const { pod, old } = datapath().node.ifindex;

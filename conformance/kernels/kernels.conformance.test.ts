@@ -16,6 +16,7 @@ const GROUPS = [
   'demo: in-pod',
   'ADD, CHECK, DEL: shared, clsact',
   'ADD, CHECK, DEL: in-pod, clsact',
+  'closedAction reset: ptp, clsact',
   'variant auto, ptp, clsact',
 ];
 

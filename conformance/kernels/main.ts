@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// npm run test:kernels [-- --suite bullseye,bookworm] [--quick] [--refresh]: boots Debian's kernels, the newest too, and prints a
-// table of what was run on each. Exit code 1 if anything failed, or if nothing could be run. --quick: the
-// variant that is chosen there alone. --refresh looks for newer kernels on the mirror.
+// npm run test:kernels [-- --suite bullseye,bookworm] [--quick] [--variant NAME,...] [--refresh]: boots Debian's kernels,
+// the newest too, and prints a table of what was run on each, and one of kernels and variants. Exit code 1 if anything
+// failed, or if nothing could be run. --quick: the variant that is chosen there alone. --variant: the ways through the node
+// with these, and nothing else. --refresh looks for newer kernels on the mirror.
 
 import { parseArgs } from 'node:util';
 import { formatTable } from '../../plugin/cli/table.ts';
@@ -16,6 +17,7 @@ const { values } = parseArgs({
   options: {
     suite: { type: 'string', default: Object.keys(SUITES).join(',') },
     quick: { type: 'boolean', default: false },
+    variant: { type: 'string', default: '' },
     refresh: { type: 'boolean', default: false },
   },
 });
@@ -29,7 +31,16 @@ function hasTcx(kernel: Kernel): boolean {
   return major > 6 || (major === 6 && minor >= 6);
 }
 
+const wanted = values.variant === '' ? [] : values.variant.split(',');
+for (const variant of wanted) {
+  if (!VARIANTS.some((known) => known === variant))
+    throw new Error(`--variant ${variant}: one of ${VARIANTS.join(', ')}`);
+}
+
 function sitesOf(kernel: Kernel): string[] {
+  if (wanted.length > 0) {
+    return wanted.map((variant) => `${variant} ${hasTcx(kernel) ? 'ptp tcx' : 'bridge clsact'}`);
+  }
   if (values.quick) return [`auto ptp ${hasTcx(kernel) ? 'tcx' : 'clsact'}`];
   const clsact = VARIANTS.map((variant) => `${variant} bridge clsact`);
   const tcx = hasTcx(kernel) ? VARIANTS.map((variant) => `${variant} ptp tcx`) : ['auto ptp clsact'];
@@ -37,6 +48,8 @@ function sitesOf(kernel: Kernel): string[] {
 }
 
 const rows: string[][] = [];
+/** Kernel to variant to what it came to, where and how. */
+const ways = new Map<string, Map<string, string[]>>();
 const problems: string[] = [];
 let ran = 0;
 const missing = cannotBoot();
@@ -45,7 +58,7 @@ for (const suite of suites) {
     if (missing !== undefined) throw new NoKernel(missing);
     const kernel = await findKernel(suite, values);
     console.error(`${kernel.release} (${suite}, ${kernel.version}) ...`);
-    const run = await runOn(kernel, sitesOf(kernel), LIMIT);
+    const run = await runOn(kernel, sitesOf(kernel), LIMIT, wanted.length > 0);
     ran += 1;
     report(kernel, run);
   } catch (error) {
@@ -54,12 +67,25 @@ for (const suite of suites) {
   }
 }
 process.stdout.write(formatTable(['KERNEL', 'WHAT', 'PASSED', 'FAILED', ''], rows));
+if (ways.size > 0) {
+  const cells = [...ways].map(([kernel, by]) => [kernel, ...VARIANTS.map((one) => by.get(one)?.join(', ') ?? '-')]);
+  process.stdout.write(`\n${formatTable(['KERNEL', ...VARIANTS], cells)}`);
+}
 for (const problem of problems) console.log(problem);
 if (problems.length > 0 || ran === 0) process.exitCode = 1;
 
 function report(kernel: Kernel, { groups, trouble, output }: Run): void {
   for (const { name, passed, failed, skipped, failures } of groups) {
     const right = failed === 0 && skipped === 0 && passed > 0;
+    const [, variant = '', site = ''] = /^variant ([\w-]+), (.*)$/.exec(name) ?? [];
+    if (variant !== '') {
+      const by = ways.get(kernel.release) ?? new Map<string, string[]>();
+      ways.set(kernel.release, by);
+      by.set(variant, [
+        ...(by.get(variant) ?? []),
+        `${passed} of ${passed + failed + skipped} (${site.replace(', ', ' ')})`,
+      ]);
+    }
     rows.push([kernel.release, name, String(passed), String(failed), right ? 'ok' : 'FAILED']);
     problems.push(...failures.map((failure) => `${kernel.release}: ${failure}`));
     if (!right && failures.length === 0) problems.push(`${kernel.release}: ${name}: ${skipped} skipped`);

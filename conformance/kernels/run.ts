@@ -38,12 +38,13 @@ type Report = {
   }[];
 };
 
-/** `sites`: "VARIANT PRIMARY HOOK" (guest.ts). `limit`: milliseconds for the whole machine. */
-export async function runOn(kernel: Kernel, sites: readonly string[], limit: number): Promise<Run> {
+/** `sites`: "VARIANT PRIMARY HOOK" (guest.ts), and nothing else with `waysOnly`. `limit`: ms for the whole machine. */
+export async function runOn(kernel: Kernel, sites: readonly string[], limit: number, waysOnly = false): Promise<Run> {
   const vitest = ['node', 'node_modules/vitest/vitest.mjs', 'run', '--config', 'conformance/kernels/guest.config.ts'];
   const reporters = ['--reporter=default', '--reporter=json', '--outputFile.json=$REPORT'];
   const command = [...vitest, ...reporters].join(' ');
-  const ended = await boot(kernel, ROOT, `export AMBIENT_REDIRECT_SITES='${sites.join(',')}'\n${command}`, limit);
+  const settings = `AMBIENT_REDIRECT_SITES='${sites.join(',')}'${waysOnly ? ' AMBIENT_REDIRECT_WAYS_ONLY=1' : ''}`;
+  const ended = await boot(kernel, ROOT, `export ${settings}\n${command}`, limit);
   const { output } = ended;
   if (ended.report === '') {
     const how = ended.status === null ? 'the machine ended before the tests did' : `vitest: exit ${ended.status}`;

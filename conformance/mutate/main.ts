@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // npm run mutate:bpf [-- --minutes N] [--only TEXT] [--list] [--anew] [--table]: changes one thing in bpf/ at a time, and
 // runs the BPF-level suite (bpf/test) on the result. Each change that no test notices is printed with its place. Exit
-// code 1 for one that explained.json does not explain. Conditions, comparisons and reasons are tried before numbers, in
-// an order that is mixed but always the same, so that any part of a run is a fair sample. --table writes which test each
+// code 1 for one that explained.json does not explain. Reasons are tried first, then conditions and comparisons, then
+// numbers, each in an order that is mixed but always the same, so that any part of a run is a fair sample. --table writes which test each
 // reason has (reasons.json).
 //
 // What was found out is kept in build/mutate/. "Killed" stands as long as the function and the test that did it are as
@@ -30,7 +30,7 @@ type Fate = 'killed' | 'refused' | 'same' | 'not C' | 'survived';
 
 /**
  * A survivor that may survive: found by file, function and both forms of the line, because line numbers move; without
- * the lines, every change of that function.
+ * `to` every change of that line, without both every change of that function.
  */
 interface Explained {
   file: string;
@@ -325,7 +325,7 @@ function summary(tried: number, ms: number): void {
 function writeTable(): void {
   const table: Record<string, Record<string, string>> = {};
   for (const mutant of wanted) {
-    const reason = /^REASON_(\w+)/.exec(sources.get(mutant.file)?.slice(mutant.start) ?? '')?.[1]?.toLowerCase();
+    const reason = reasonAt(mutant);
     const { fate, test } = found.get(keyOf(mutant)) ?? {};
     if (reason === undefined || fate !== 'killed' || test === undefined) continue;
     const rows = table[reason] ?? {};
@@ -340,9 +340,16 @@ function writeTable(): void {
   writeFileSync(join(import.meta.dirname, 'reasons.json'), `${JSON.stringify(sorted, undefined, 2)}\n`);
 }
 
+/** The one that is changed; of those that stand in the map of exclusions the lookup is, which has no name for them. */
+function reasonAt({ file, function: name, start, from }: Mutant): string | undefined {
+  if (name === 'rule_for_port') return 'pass_excluded_port';
+  if (name === 'excluded' && from.includes('*found')) return 'pass_excluded_cidr';
+  return /^REASON_(\w+)/.exec(sources.get(file)?.slice(start) ?? '')?.[1]?.toLowerCase();
+}
+
 function explains(one: Explained, mutant: Mutant): boolean {
   if (one.file !== mutant.file || one.function !== mutant.function) return false;
-  return one.from === undefined || (one.from === mutant.from && one.to === mutant.to);
+  return (one.from ?? mutant.from) === mutant.from && (one.to ?? mutant.to) === mutant.to;
 }
 
 function explanation(mutant: Mutant): string | undefined {
@@ -365,8 +372,13 @@ function mixed(mutants: readonly Mutant[]): Mutant[] {
   const key = (mutant: Mutant) => createHash('sha256').update(describe(mutant)).digest('hex');
   return mutants
     .map((mutant) => ({ mutant, key: key(mutant) }))
-    .sort((a, b) => Number(a.mutant.constant) - Number(b.mutant.constant) || (a.key < b.key ? -1 : 1))
+    .sort((a, b) => rank(a.mutant) - rank(b.mutant) || (a.key < b.key ? -1 : 1))
     .map(({ mutant }) => mutant);
+}
+
+function rank({ text, constant }: Mutant): number {
+  if (text.startsWith('REASON_')) return 0;
+  return constant ? 2 : 1;
 }
 
 if (values.list) {
