@@ -38,7 +38,7 @@ export async function helm(argv: readonly string[], env: Record<string, string> 
   const program = await helmProgram();
   const nowhere = { HELM_CONFIG_HOME: '/nonexistent', HELM_DATA_HOME: '/nonexistent', HELM_CACHE_HOME: '/nonexistent' };
   return exec([program, ...argv], {
-    env: { PATH: process.env.PATH ?? '', HOME: '/nonexistent', ...nowhere, ...env },
+    env: { PATH: process.env.PATH ?? '', HOME: '/dev/null', ...nowhere, ...env },
     timeout: 60_000,
   });
 }
