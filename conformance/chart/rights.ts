@@ -463,7 +463,7 @@ const NO_PROCESSES: readonly Feature[] = ['mark trusted', 'running pod found', '
 
 /** What does not work, by variant. */
 export const EXPECTED: Readonly<Record<string, readonly Feature[]>> = {
-  'without NET_ADMIN': ['running pod found', 'traffic redirected', 'program repaired', 'status', 'uninstall'],
+  'without NET_ADMIN': ['running pod found', 'traffic redirected', 'program repaired', 'status', 'trace', 'uninstall'],
   'without SYS_ADMIN': from('agent ready'),
   'without SYS_PTRACE': NO_PROCESSES,
   'without DAC_OVERRIDE': from('install'),
