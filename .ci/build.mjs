@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// node .ci/build.mjs [PART...] [--output DIRECTORY]: builds what changed since the last run. Parts: addon, executable
-// (both by default), faults (addon and executable with fault injection, for tests), asan (addon under AddressSanitizer),
-// image (OCI archive of the executable, and its list of ingredients; into DIRECTORY if one is given).
+// node .ci/build.mjs [PART...] [--arch arm64] [--output DIRECTORY]: builds what changed since the last run. Parts: addon,
+// executable (both by default), faults (addon and executable with fault injection, for tests), asan (addon under
+// AddressSanitizer), image (OCI archive of the executable, and its list of ingredients; into DIRECTORY if one is given).
+// With --arch arm64 executable and image are those of another processor (.ci/arm64.mjs).
 //
 // A part is up to date when the hash of all that goes into it is the one in build/stamps/. make decides what of the
 // addon to compile; the executable is put together only when a bundle, the addon or Node itself differs.
@@ -9,6 +10,7 @@
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import {
+  chmodSync,
   copyFileSync,
   existsSync,
   globSync,
@@ -54,22 +56,48 @@ async function build(args) {
   const { values, positionals: parts } = parseArgs({
     args,
     allowPositionals: true,
-    options: { output: { type: 'string' } },
+    options: { output: { type: 'string' }, arch: { type: 'string', default: 'amd64' } },
   });
   const wanted = new Set(parts.length > 0 ? parts : ['addon', 'executable']);
   for (const part of wanted) {
     if (!['executable', 'image'].includes(part) && !(part in TARGETS)) fail(`unknown part ${part}`);
   }
+  if (values.arch === 'arm64') return await buildForArm64(wanted, values.output);
+  if (values.arch !== 'amd64') fail(`unknown architecture ${values.arch}: amd64 or arm64`);
   if (wanted.has('image')) wanted.add('executable');
   if (wanted.has('executable')) wanted.add('addon');
   buildAddons([...wanted].filter((part) => part in TARGETS));
   if (wanted.has('executable') || wanted.has('faults')) {
     const bundles = await bundle();
-    if (wanted.has('executable')) await buildExecutable('ambient-redirect', TARGETS.addon, bundles);
-    if (wanted.has('faults')) await buildExecutable('ambient-redirect-faults', TARGETS.faults, bundles);
+    if (wanted.has('executable')) await buildExecutable('ambient-redirect', addonPath(TARGETS.addon), bundles);
+    if (wanted.has('faults')) await buildExecutable('ambient-redirect-faults', addonPath(TARGETS.faults), bundles);
     writeNotices(ROOT, bundles.packages);
-    if (wanted.has('image')) await image('amd64', 'dist/ambient-redirect', bundles.packages, values.output);
+    if (wanted.has('image')) {
+      const linked = LINKED.map((library) => ({ ...library, debian: installed(library.debian) }));
+      await image('amd64', 'dist/ambient-redirect', { npm: bundles.packages, linked }, values.output);
+    }
   }
+}
+
+/** dist/ambient-redirect-arm64, and its image. */
+async function buildForArm64(parts, output) {
+  for (const part of parts) {
+    if (!['addon', 'executable', 'image'].includes(part)) fail(`${part} is not built for arm64`);
+  }
+  const { crossBuild, tryArm64 } = await import('./arm64.mjs');
+  const { addon, nodePackage, linked } = await crossBuild(ROOT);
+  const bundles = await bundle();
+  await buildExecutable('ambient-redirect-arm64', addon, bundles, nodePackage);
+  writeNotices(ROOT, bundles.packages);
+  if (!parts.has('image')) return;
+  const { debian } = linked;
+  const libraries = LINKED.map((library) => ({
+    ...library,
+    // The cross compiler's own.
+    debian: debian[library.debian] ?? installed('libstdc++-12-dev-arm64-cross'),
+  }));
+  await image('arm64', 'dist/ambient-redirect-arm64', { npm: bundles.packages, linked: libraries }, output);
+  await tryArm64(ROOT, output);
 }
 
 /** Compiles the BPF objects, their skeletons and the addons of `parts`. */
@@ -108,7 +136,7 @@ function nodeGyp(...args) {
   for (const name of Object.keys(env)) {
     if (/^npm_config_(nodedir|node_gyp_|target$|arch$|runtime$|disturl$|devdir$|debug$)/i.test(name)) delete env[name];
   }
-  run(NODE, ['node_modules/node-gyp/bin/node-gyp.js', ...args, '--loglevel=warn'], env);
+  run(NODE, ['node_modules/node-gyp/bin/node-gyp.js', ...args, '--loglevel=warn'], { env });
 }
 
 /**
@@ -124,6 +152,9 @@ async function bundle() {
     target: 'node24',
     format: 'cjs',
     legalComments: 'none',
+    // What every start reads through is half as long then. Names stay, for stack traces.
+    minifyWhitespace: true,
+    minifySyntax: true,
     metafile: true,
     logLevel: 'warning',
     logOverride: { 'empty-import-meta': 'silent' },
@@ -146,40 +177,48 @@ async function bundle() {
   };
 }
 
-/** Puts dist/NAME together from stock Node, the bundles and the addon. Without code cache it is the same every time. */
-async function buildExecutable(name, target, { main, commandLine }) {
-  const addon = addonPath(target);
+/**
+ * Puts dist/NAME together from stock Node, the bundles and an addon. Without code cache it is the same every time, and
+ * what is added to Node is the same for every processor that the addon is for.
+ */
+async function buildExecutable(name, addon, { main, commandLine }, nodePackage = NODE_PACKAGE) {
   const output = join('dist', name);
+  const node = join(nodePackage, 'bin/node');
   const inputs = hash(
     [main, commandLine, addon, import.meta.filename].map((file) => readFileSync(file)),
-    [fileIdentity(NODE), readFileSync(join(NODE_PACKAGE, 'package.json'))],
+    [fileIdentity(node), readFileSync(join(nodePackage, 'package.json'))],
   );
   if (upToDate(name, inputs, output)) return;
 
   const started = performance.now();
-  // pkg changes directory, so every path is absolute; its command line and its other mode fetch a Node of their own.
-  const unfinished = join(ROOT, 'build', `${name}.new`);
-  rmSync(unfinished, { force: true });
   // What tests compare with: the addon that is inside, also when that of the build tree has gone on.
   const asset = join(ROOT, `build/bundle/${name}.node`);
   copyFileSync(addon, asset);
-  const sea = createRequire(import.meta.url)('@yao-pkg/pkg/lib-es5/sea.js').default;
-  // The path of the main script becomes part of the executable and of its stack traces. pkg works in a new directory
-  // under TMPDIR, from where it is the same in every checkout.
-  process.env.TMPDIR = join(ROOT, dirname(main));
-  await sea(join(ROOT, main), {
-    nodePath: NODE,
-    targets: [{ nodeRange: 'node24', platform: 'linux', arch: 'x64', output: unfinished }],
-    seaConfig: {
+  // The path of the main script becomes part of the executable and of its stack traces: from here it is the same in
+  // every checkout.
+  const directory = join(ROOT, 'build/bundle/executable');
+  mkdirSync(directory, { recursive: true });
+  const blob = join(directory, `${name}.blob`);
+  const configuration = join(directory, `${name}.json`);
+  writeFileSync(
+    configuration,
+    JSON.stringify({
       main: `../${basename(main)}`,
+      output: blob,
       disableExperimentalSEAWarning: true,
       // NODE_OPTIONS of the runtime's environment has no effect.
       execArgvExtension: 'none',
       useCodeCache: false,
       useSnapshot: false,
       assets: { 'ambient-redirect.node': asset, 'command-line.cjs': join(ROOT, commandLine) },
-    },
-  });
+    }),
+  );
+  run(NODE, ['--experimental-sea-config', configuration], { cwd: directory });
+  const unfinished = join(ROOT, 'build', `${name}.new`);
+  copyFileSync(node, unfinished);
+  chmodSync(unfinished, 0o755);
+  await inject(unfinished, readFileSync(blob));
+  rmSync(blob);
   mkdirSync('dist', { recursive: true });
   // A running executable cannot be written to, but its name can be given to another file.
   renameSync(unfinished, output);
@@ -187,8 +226,23 @@ async function buildExecutable(name, target, { main, commandLine }) {
   console.error(`built ${output} in ${((performance.now() - started) / 1000).toFixed(1)} s`);
 }
 
+/** Adds the blob to a copy of Node, where Node looks for it. */
+async function inject(file, blob) {
+  const { inject: addSection } = createRequire(import.meta.url)('postject');
+  // It complains of Node's notes, whose names it does not read, and goes on.
+  const { write } = process.stderr;
+  process.stderr.write = (text, ...rest) =>
+    /^warning: Can't find string offset for section name/.test(String(text)) ||
+    write.call(process.stderr, text, ...rest);
+  try {
+    await addSection(file, 'NODE_SEA_BLOB', blob, { sentinelFuse: 'NODE_SEA_FUSE_fce680ab2cc467b6e072b8b5df1996b2' });
+  } finally {
+    process.stderr.write = write;
+  }
+}
+
 /** dist/ambient-redirect-image-ARCHITECTURE.tar and .cdx.json; in another directory always made anew. */
-async function image(architecture, executable, packages, elsewhere) {
+async function image(architecture, executable, { npm, linked }, elsewhere) {
   // In TypeScript, which only the pinned Node reads.
   const { buildImage, imageInputs } = await import('../deploy/image/build.ts');
   const { imageArchive, imageSbom } = await import('../deploy/image/reference.ts');
@@ -196,12 +250,8 @@ async function image(architecture, executable, packages, elsewhere) {
     architecture,
     executable: join(ROOT, executable),
     notices: join(ROOT, 'dist/THIRD-PARTY-NOTICES'),
-    npm: packages,
-    linked: LINKED.map(({ title, licence, debian }) => ({
-      name: title.split(' ')[0],
-      licence,
-      debian: installed(debian),
-    })),
+    npm,
+    linked: linked.map(({ title, licence, debian }) => ({ name: title.split(' ')[0], licence, debian })),
   };
   const outputs = { archive: imageArchive(architecture, elsewhere), sbom: imageSbom(architecture, elsewhere) };
   const sum = elsewhere === undefined ? imageInputs(inputs) : undefined;
@@ -248,8 +298,8 @@ function stamp(name, inputs) {
   writeFileSync(join('build/stamps', name), inputs);
 }
 
-function run(command, args, env = process.env) {
-  const { status, signal, error } = spawnSync(command, args, { stdio: ['ignore', 2, 2], env });
+function run(command, args, options = {}) {
+  const { status, signal, error } = spawnSync(command, args, { stdio: ['ignore', 2, 2], ...options });
   if (error) throw error;
   if (status !== 0) fail(`${command} ${args.join(' ')}: ${signal ?? `exit ${status}`}`);
 }

@@ -69,6 +69,12 @@ static __always_inline int not_wanted(const struct packet *p, const struct inter
 	return self->flags & (p->tuple.destination_port == 15008 ? INTERFACE_NO_HBONE : INTERFACE_NO_PLAINTEXT);
 }
 
+/* Of what the pod sends. */
+static __always_inline enum side outbound_side(const struct packet *p, const struct interface *self)
+{
+	return self->flags & INTERFACE_DNS && p->tuple.destination_port == 53 ? DNS : OUTBOUND;
+}
+
 /* Reason for which a new connection goes direct, for pass_direct(); 0: it is for the proxy. */
 static __always_inline __u32 goes_direct(const struct run *r, const struct packet *p, const struct interface *self,
 					 const struct tuple *from_pod, enum side side)

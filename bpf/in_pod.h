@@ -377,38 +377,46 @@ static __always_inline struct flow *own_flow(const struct run *r, const struct t
 	return f && f->ifindex == r->ifindex ? f : 0;
 }
 
-/* `own`: the entry of its source if that is the pod's. `unconnected`: no socket of this namespace has that connection. */
-static __always_inline int inpod_outbound(const struct run *r, struct packet *p, const struct interface *self,
-					  const struct endpoint *own, int unconnected)
+static __always_inline int inpod_opening(const struct run *r, struct packet *p, const struct interface *self)
+{
+	enum side side = outbound_side(p, self);
+	struct tuple from_proxy = reversed(&p->tuple);
+	__u32 reason;
+
+	if (!is_own(r, p->tuple.source))
+		return drop(r, REASON_DROP_SPOOFED_SOURCE);
+	reason = goes_direct(r, p, self, &p->tuple, side);
+	if (reason)
+		return pass_direct(r, &p->tuple, reason);
+	if (!proxy_listens(r->skb, p, side == DNS ? self->dns : self->outbound))
+		return by_policy(r, self, &p->tuple);
+	forget_direct(r->ifindex, &p->tuple);
+	remember_flow(&from_proxy, r->ifindex, FLOW_OUTBOUND);
+	if (side == DNS)
+		return to_resolver(r, p, self, REASON_DNS_CAPTURED);
+	return loop(r, self, REASON_REDIRECTED_OUTBOUND);
+}
+
+/*
+ * A later segment. `own`: its source is the pod's, and no socket of this namespace has the connection (the proxy's end
+ * of it has the address that the pod's end is connected to).
+ */
+static __always_inline int inpod_unconnected(const struct run *r, struct packet *p, const struct interface *self, int own)
 {
 	struct __sk_buff *skb = r->skb;
-	enum side side = self->flags & INTERFACE_DNS && p->tuple.destination_port == 53 ? DNS : OUTBOUND;
+	enum side side = outbound_side(p, self);
 	__u16 port = side == DNS ? self->dns : self->outbound;
 	struct tuple from_proxy = reversed(&p->tuple);
 	struct bpf_sock_tuple socket;
 	int connected;
-	__u32 reason;
 
-	if (is_syn(p)) {
-		if (!own)
+	if (!own) {
+		/* An address that only the pod knows of (a VIP, SLAAC) may answer, on a flow that began towards it here. */
+		if (!own_flow(r, &from_proxy) && !is_direct(r->ifindex, &p->tuple))
 			return drop(r, REASON_DROP_SPOOFED_SOURCE);
-		reason = goes_direct(r, p, self, &p->tuple, side);
-		if (reason)
-			return pass_direct(r, &p->tuple, reason);
-		if (!proxy_listens(skb, p, port))
-			return by_policy(r, self, &p->tuple);
-		forget_direct(r->ifindex, &p->tuple);
-		remember_flow(&from_proxy, r->ifindex, FLOW_OUTBOUND);
-		if (side == DNS)
-			return to_resolver(r, p, self, REASON_DNS_CAPTURED);
-		return loop(r, self, REASON_REDIRECTED_OUTBOUND);
+		if (has_connection(skb, p, BPF_F_CURRENT_NETNS))
+			return loop(r, self, REASON_TO_PROXY_ESTABLISHED);
 	}
-	/* An address that only the pod knows of (a VIP, SLAAC) may answer, on a flow that began towards it here. */
-	if (!own && !own_flow(r, &from_proxy) && !is_direct(r->ifindex, &p->tuple))
-		return drop(r, REASON_DROP_SPOOFED_SOURCE);
-	/* The proxy's end of the connection has the address that the pod's end is connected to. */
-	if (!unconnected && has_connection(skb, p, BPF_F_CURRENT_NETNS))
-		return loop(r, self, REASON_TO_PROXY_ESTABLISHED);
 	if (side == DNS) {
 		socket = p->socket;
 		turn_to_listener(p, self);
@@ -440,7 +448,7 @@ int inpod_egress(struct __sk_buff *skb)
 	struct fragment *f;
 	struct packet p;
 	enum kind kind = KIND_OTHER;
-	int verdict, tagged, trusted = 0, later = 0;
+	int verdict, tagged, trusted = 0, refusal = 0, later = 0;
 
 	skb->cb[0] = 0;
 	tagged = vlan_tagged(skb);
@@ -448,7 +456,9 @@ int inpod_egress(struct __sk_buff *skb)
 		kind = parse(skb, &p);
 		r.p = &p;
 		trusted = (kind == KIND_TCP || kind == KIND_UDP) && from_proxy(skb, &p);
-		later = later_segment(&p, kind) && !is_loopback(&p, p.tuple.source) && skb->mark != mark_bypass;
+		/* inpod_ingress refuses by a RST that has our mark; nobody's socket sends it. */
+		refusal = skb->mark == mark_bypass && kind == KIND_TCP && p.flags & TCP_RST && carries_nothing(&p) && !skb->sk;
+		later = later_segment(&p, kind) && !is_loopback(&p, p.tuple.source) && !refusal;
 	}
 	if (later) {
 		/* Nearly every packet. That the pod is enrolled its own address tells: nothing else is asked for. */
@@ -463,6 +473,8 @@ int inpod_egress(struct __sk_buff *skb)
 		return PASS;
 	if (tagged)
 		return drop(&r, REASON_DROP_VLAN_TAGGED);
+	if (later)
+		return inpod_unconnected(&r, &p, self, own != 0);
 	if (kind == KIND_LATER_FRAGMENT || kind == KIND_UDP_FRAGMENT) {
 		f = first_fragment(&r, &p);
 		if (f && f->action == FRAGMENT_DNS_ANSWER)
@@ -496,14 +508,11 @@ int inpod_egress(struct __sk_buff *skb)
 		return pass(&r, REASON_PASS_LINK_LOCAL);
 	if (trusted)
 		return pass(&r, REASON_PASS_PROXY_OWN);
-	/* The RST by which inpod_ingress refuses; nobody's socket sends it. */
-	if (skb->mark == mark_bypass && p.flags & TCP_RST && carries_nothing(&p) && !skb->sk) {
+	if (refusal) {
 		skb->mark = 0;
 		return pass(&r, REASON_PASS_BYPASS);
 	}
-	if (!later)
-		own = own_endpoint(&r, p.tuple.source);
-	return inpod_outbound(&r, &p, self, own, later && own);
+	return inpod_opening(&r, &p, self);
 }
 
 /* ---- what the pod receives --------------------------------------------------------------------------------------- */

@@ -319,7 +319,7 @@ static __always_inline enum kind parse_v6(struct __sk_buff *skb, struct packet *
 
 /*
  * Nearly every packet: TCP, whole, right behind an IP header without options, all of it in reach. The rest, and whatever
- * of this is not as it should be, is left to the functions above. 1: p is filled as they would have.
+ * of this is not as it should be, is left to the functions above. 1: p, which was zero, is filled as they would have.
  */
 static __always_inline int plain_tcp(struct __sk_buff *skb, struct packet *p)
 {
@@ -351,7 +351,6 @@ static __always_inline int plain_tcp(struct __sk_buff *skb, struct packet *p)
 		room = bpf_ntohs(ip6->payload_len);
 		if (room < sizeof(*tcp))
 			return 0;
-		p->fragment_id = 0;
 		p->l4_off = sizeof(*eth) + sizeof(*ip6);
 		set_v6(p, &ip6->saddr, &ip6->daddr, tcp->source, tcp->dest);
 	} else {
@@ -359,7 +358,6 @@ static __always_inline int plain_tcp(struct __sk_buff *skb, struct packet *p)
 	}
 	p->l3_off = sizeof(*eth);
 	p->protocol = IPPROTO_TCP;
-	p->more_fragments = 0;
 	p->flags = tcp->flags;
 	p->payload = room > (tcp->offset >> 4) * 4u ? room - (tcp->offset >> 4) * 4u : 0;
 	return 1;
@@ -370,9 +368,10 @@ static __always_inline enum kind parse(struct __sk_buff *skb, struct packet *p)
 {
 	struct ethhdr eth;
 
+	/* All of it in either case: the verifier wants every byte that is read written, and the ways here to be alike. */
+	__builtin_memset(p, 0, sizeof(*p));
 	if (plain_tcp(skb, p))
 		return KIND_TCP;
-	__builtin_memset(p, 0, sizeof(*p));
 	if (bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)))
 		return KIND_OTHER;
 	p->l3_off = sizeof(eth);

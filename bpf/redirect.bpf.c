@@ -416,7 +416,6 @@ int pod_egress(struct __sk_buff *skb)
 	struct tuple from_proxy;
 	struct flow *f;
 	enum kind kind = KIND_OTHER;
-	enum side side;
 	int verdict, tagged, own = 0, later = 0;
 
 	if (skb->mark == mark_bypass) {
@@ -444,6 +443,21 @@ int pod_egress(struct __sk_buff *skb)
 		return PASS;
 	if (tagged)
 		return drop(&r, REASON_DROP_VLAN_TAGGED);
+	if (later) {
+		from_proxy = reversed(&p.tuple);
+		if (!own) {
+			/* An address that only the pod knows of (a VIP, SLAAC) may answer, on a flow that began towards it here. */
+			f = bpf_map_lookup_elem(&flows, &from_proxy);
+			if (!(f && f->ifindex == r.ifindex) && !is_direct(r.ifindex, &p.tuple))
+				return drop(&r, REASON_DROP_SPOOFED_SOURCE);
+			z = all ? proxy_of_flow(skb, &p, all) : 0;
+			if (z)
+				return to_proxy(&r, z, REASON_TO_PROXY_ESTABLISHED, SIGN_ESTABLISHED);
+		}
+		if (has_connection(skb, &p, BPF_F_CURRENT_NETNS))
+			return pass(&r, REASON_PASS_HOST_SOCKET);
+		return without_socket(&r, &p, self, all, &p.tuple, &from_proxy, outbound_side(&p, self));
+	}
 	if (kind == KIND_UDP && self->flags & INTERFACE_DNS && p.tuple.destination_port == 53 && !p.more_fragments)
 		return capture_query(&r, &p, self);
 	if (kind == KIND_LATER_FRAGMENT)
@@ -453,35 +467,19 @@ int pod_egress(struct __sk_buff *skb)
 		return verdict;
 	if (link_local(&p))
 		return pass(&r, REASON_PASS_LINK_LOCAL);
-	side = self->flags & INTERFACE_DNS && p.tuple.destination_port == 53 ? DNS : OUTBOUND;
-	from_proxy = reversed(&p.tuple);
-	if (!later) {
-		all = all_proxies();
-		own = is_own(&r, p.tuple.source);
-	}
-	if (is_syn(&p)) {
-		if (!own)
-			return drop(&r, REASON_DROP_SPOOFED_SOURCE);
-		return new_connection(&r, &p, self, all, &p.tuple, &from_proxy, side);
-	}
-	if (later && !own) {
-		/* An address that only the pod knows of (a VIP, SLAAC) may answer, on a flow that began towards it here. */
-		f = bpf_map_lookup_elem(&flows, &from_proxy);
-		if (!(f && f->ifindex == r.ifindex) && !is_direct(r.ifindex, &p.tuple))
-			return drop(&r, REASON_DROP_SPOOFED_SOURCE);
-	}
-	/* Of such an address, and for an ICMP error of the pod's; else none was found above. */
-	z = all && later != own ? proxy_of_flow(skb, &p, all) : 0;
+	all = all_proxies();
+	own = is_own(&r, p.tuple.source);
 	if (kind == KIND_ICMP_ERROR) {
+		z = all && own ? proxy_of_flow(skb, &p, all) : 0;
 		if (!z)
 			return pass(&r, REASON_PASS_NOT_TCP);
 		return to_proxy(&r, z, REASON_TO_PROXY_ICMP_ERROR, SIGN_ICMP);
 	}
-	if (z)
-		return to_proxy(&r, z, REASON_TO_PROXY_ESTABLISHED, SIGN_ESTABLISHED);
-	if (has_connection(skb, &p, BPF_F_CURRENT_NETNS))
-		return pass(&r, REASON_PASS_HOST_SOCKET);
-	return without_socket(&r, &p, self, all, &p.tuple, &from_proxy, side);
+	/* A SYN: every other segment is a later one. */
+	if (!own)
+		return drop(&r, REASON_DROP_SPOOFED_SOURCE);
+	from_proxy = reversed(&p.tuple);
+	return new_connection(&r, &p, self, all, &p.tuple, &from_proxy, outbound_side(&p, self));
 }
 
 SEC("tc")

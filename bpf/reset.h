@@ -63,14 +63,14 @@ static __always_inline int checksum_is_partial(struct __sk_buff *skb, __u32 fiel
 static __noinline int make_reset(struct __sk_buff *skb, const struct packet *p)
 {
 	struct tcp_header tcp;
-	__u8 macs[12], swapped[12];
+	__u8 macs[12];
 	__u32 l3 = p->l3_off, l4 = p->l4_off, base, end, payload, header, sum, field;
 	__be16 length;
 	int partial;
 
 	if (bpf_skb_load_bytes(skb, l4, &tcp, sizeof(tcp)))
 		return UNANSWERABLE;
-	if (bpf_skb_load_bytes(skb, 0, macs, sizeof(macs)))
+	if (bpf_skb_load_bytes(skb, 6, macs, 6) || bpf_skb_load_bytes(skb, 0, macs + 6, 6))
 		return -1;
 	base = p->family == 4 ? sizeof(struct iphdr) : sizeof(struct ipv6hdr);
 	if (bpf_skb_load_bytes(skb, l3 + (p->family == 4 ? offsetof(struct iphdr, tot_len) :
@@ -102,9 +102,7 @@ static __noinline int make_reset(struct __sk_buff *skb, const struct packet *p)
 	if (bpf_skb_change_tail(skb, l4 + sizeof(tcp), 0))
 		return -1;
 
-	__builtin_memcpy(swapped, macs + 6, 6);
-	__builtin_memcpy(swapped + 6, macs, 6);
-	if (bpf_skb_store_bytes(skb, 0, swapped, sizeof(swapped), 0))
+	if (bpf_skb_store_bytes(skb, 0, macs, sizeof(macs), 0))
 		return -1;
 
 	/* Length and protocol of the pseudo header. */

@@ -134,7 +134,9 @@ function packExecutable(architecture: Architecture, path: string, changelog: str
 async function packChart(chart: string, output: string): Promise<void> {
   const helm = await helmProgram();
   const work = mkdtempSync(join(output, '.chart-'));
-  run([helm, 'package', chart, '--destination', work], { env: { ...process.env, HELM_CONFIG_HOME: work } });
+  run([helm, 'package', chart, '--destination', work], {
+    env: { ...process.env, HOME: work, HELM_CONFIG_HOME: work, HELM_DATA_HOME: work, HELM_CACHE_HOME: work },
+  });
   const packed = `${IMAGE}-${VERSION}.tgz`;
   run(['tar', '-xzf', join(work, packed), '-C', work]);
   archive(work, join(output, packed), origin().epoch, IMAGE);

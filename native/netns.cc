@@ -10,6 +10,7 @@
 #include <sys/mount.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
@@ -45,14 +46,16 @@ Fd open_sysctl(int netns, const std::string &name, int flags, const std::string 
   if (fd || errno == ENOENT) return fd;
   if (errno != EROFS) throw KernelError(errno, "open", object);
   // Container runtimes mount /proc/sys read-only over itself; a proc of our own that is mounted nowhere is as the
-  // kernel made it.
-  Fd type(static_cast<int>(kernel_call("fsopen", [&] { return ::fsopen("proc", FSOPEN_CLOEXEC); })));
+  // kernel made it. By number: the functions are of glibc 2.36, and nodes may have an older one.
+  Fd type(kernel_call("fsopen", [&] { return static_cast<int>(syscall(SYS_fsopen, "proc", FSOPEN_CLOEXEC)); }));
   if (!type) throw KernelError(errno, "fsopen", "proc, for " + object);
   int created = kernel_call("fsconfig", [&] {
-    return ::fsconfig(type.get(), FSCONFIG_CMD_CREATE, nullptr, nullptr, 0);
+    return static_cast<int>(syscall(SYS_fsconfig, type.get(), FSCONFIG_CMD_CREATE, nullptr, nullptr, 0));
   });
   if (created < 0) throw KernelError(errno, "fsconfig", "proc, for " + object);
-  Fd proc(static_cast<int>(kernel_call("fsmount", [&] { return ::fsmount(type.get(), FSMOUNT_CLOEXEC, 0); })));
+  Fd proc(kernel_call("fsmount", [&] {
+    return static_cast<int>(syscall(SYS_fsmount, type.get(), FSMOUNT_CLOEXEC, 0));
+  }));
   if (!proc) throw KernelError(errno, "fsmount", "proc, for " + object);
   const std::string below = "sys/" + name;
   fd = Fd(kernel_call("openat", [&] { return ::openat(proc.get(), below.c_str(), flags | O_CLOEXEC); }));

@@ -48,14 +48,14 @@ function fits(counted: number, wanted: number): boolean {
 }
 
 /** All listeners whose name is `name` or begins with `name-`, added up. */
-function added(evidence: Evidence, listener: string): { accepted: number; failed: number; bytes: number } {
+function added(evidence: Evidence, listener: string): { accepted: number; failed: number; bytes: number | null } {
   const [proxy = '', name = ''] = listener.split(' ');
-  const sum = { accepted: 0, failed: 0, bytes: 0 };
+  const sum: ReturnType<typeof added> = { accepted: 0, failed: 0, bytes: 0 };
   for (const [key, count] of Object.entries(evidence.proxies[proxy] ?? {})) {
     if (key !== name && !key.startsWith(`${name}-`)) continue;
     sum.accepted += count.accepted;
     sum.failed += count.failed;
-    sum.bytes += count.bytes;
+    sum.bytes = sum.bytes === null || count.bytes === null ? null : sum.bytes + count.bytes;
   }
   return sum;
 }
@@ -72,8 +72,9 @@ export function judge(wanted: Expectation, before: Evidence, after: Evidence, tr
     if (!fits(accepted, traffic.connections)) {
       return `the load opened ${traffic.connections} connections, the proxy's listener "${listener}" accepted ${accepted}`;
     }
-    const bytes = last.bytes - first.bytes;
-    if (bytes < traffic.bytes) return `the load moved ${traffic.bytes} bytes, "${listener}" passed on ${bytes}`;
+    const bytes = last.bytes === null || first.bytes === null ? null : last.bytes - first.bytes;
+    if (bytes !== null && bytes < traffic.bytes)
+      return `the load moved ${traffic.bytes} bytes, "${listener}" passed on ${bytes}`;
     const failed = last.failed - first.failed;
     if (failed > 0) return `"${listener}" failed to pass on ${failed} connections`;
   }

@@ -5,6 +5,7 @@ import type { Family } from '../e2e/topology.ts';
 import { exec } from '../netns.ts';
 import type { Traffic } from './judge.ts';
 import { PORTS, type World } from './world.ts';
+import type { Ztunnel } from './ztunnel.ts';
 
 /** By name: `qps` and the like per second, `p50` to `p999` in microseconds, `gbps` in gigabits per second. */
 export type Metrics = Record<string, number>;
@@ -21,6 +22,8 @@ export interface Measured {
 
 export interface Programs {
   peer: string;
+  /** Without one the modes that need it are left out. */
+  ztunnel?: Ztunnel;
   fortio: string | undefined;
 }
 

@@ -11,6 +11,7 @@ import { peer } from './programs.ts';
 import type { ProxyKind } from './proxies.ts';
 import { measure, type Run } from './run.ts';
 import { MODES, type Mode, modeNamed, World } from './world.ts';
+import { standInZtunnel } from './ztunnel.ts';
 
 /** A mode, whose wiring it gets in truth, and what the bench must find. */
 const twins: [mode: string, wiredAs: string, reason: RegExp][] = [
@@ -29,6 +30,8 @@ const twins: [mode: string, wiredAs: string, reason: RegExp][] = [
   ['in-pod', 'tcx', /"client outbound" accepted 0/],
   ['in-pod', 'iptables-in-pod', /attached to nowhere/],
   ['iptables-in-pod', 'in-pod', /programs are attached/],
+  ['ztunnel', 'ztunnel-iptables', /attached to nowhere/],
+  ['ztunnel-iptables', 'ztunnel', /programs are attached/],
   ['iptables-in-pod', 'iptables', /"client outbound" accepted 0/],
 ];
 
@@ -55,7 +58,8 @@ function leaveMesh({ client, topology: { node, stateDir, runDir } }: World): voi
 
 let programs: Programs;
 beforeAll(async () => {
-  programs = { peer: await peer(), fortio: undefined };
+  const path = await peer();
+  programs = { peer: path, fortio: undefined, ztunnel: standInZtunnel(path) };
 });
 
 function step(mode: Mode, load: Load, proxy: ProxyKind = 'native'): Step {

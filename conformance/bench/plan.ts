@@ -108,13 +108,13 @@ export interface Cell {
 export function cells(profile: Profile, programs: Programs): Cell[] {
   const { peer, fortio } = programs;
   const { seconds, shortSeconds, repeats } = profile;
-  const modes = MODES.filter(({ name }) => profile.modes.includes(name));
+  const modes = MODES.filter(
+    ({ name, wiring }) =>
+      profile.modes.includes(name) && (wiring.proxies !== 'ztunnel' || programs.ztunnel !== undefined),
+  );
   const result: Cell[] = [];
   const add = (load: Load, times: number, proxy: ProxyKind = 'native') => {
-    const able =
-      proxy === 'native'
-        ? modes
-        : modes.filter(({ wiring }) => wiring.proxies !== 'in-pod' && wiring.proxies !== 'none');
+    const able = proxy === 'native' ? modes : modes.filter(({ wiring }) => wiring.proxies === 'shared');
     const name = proxy === 'native' ? load.name : `${load.name}+${proxy}`;
     result.push({ name, load, proxy, modes: able, repeats: times });
   };

@@ -227,7 +227,9 @@ export async function measurePrograms(programs: Programs, options: ProgramOption
   const { rounds, seconds, note } = options;
   const result: ProgramCosts = { sizes: [], packets: [], loads: [], invalid: [] };
   const measured = new Set<string>();
-  const modes = options.modes.map((name): Mode => modeNamed(name)).filter(({ wiring }) => wiring.ours !== undefined);
+  const modes = options.modes
+    .map((name): Mode => modeNamed(name))
+    .filter(({ wiring }) => wiring.ours !== undefined && wiring.proxies !== 'ztunnel');
   for (const mode of modes) {
     note(`what the programs cost under load: ${mode.title}`);
     const world = await World.open(mode, programs);

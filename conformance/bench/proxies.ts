@@ -27,8 +27,8 @@ export interface ListenerCount {
   accepted: number;
   connected: number;
   failed: number;
-  /** Payload bytes, both directions together. */
-  bytes: number;
+  /** Payload bytes, both directions together; null: the proxy does not say. */
+  bytes: number | null;
 }
 
 /** By name of the listener. */
@@ -59,6 +59,17 @@ export function counterFile(path: string): number[] {
 /** Fields of a listener in the native proxy's counters. */
 const FIELDS = 5;
 
+/** What the native proxy has counted, by listener in the order of its options. */
+export function nativeCount(counters: string, listeners: readonly string[]): ProxyCount {
+  const values = counterFile(counters);
+  return Object.fromEntries(
+    listeners.map((name, i) => {
+      const [accepted = 0, connected = 0, failed = 0, up = 0, down = 0] = values.slice(i * FIELDS);
+      return [name, { accepted, connected, failed, bytes: up + down }];
+    }),
+  );
+}
+
 async function startNative(
   testbed: Testbed,
   namespace: Namespace,
@@ -80,15 +91,11 @@ async function startNative(
   return {
     pid: running.pid,
     stop: () => running.stop('SIGKILL'),
-    count: () => {
-      const values = counterFile(counters);
-      return Object.fromEntries(
-        options.listeners.map(({ name }, i) => {
-          const [accepted = 0, connected = 0, failed = 0, up = 0, down = 0] = values.slice(i * FIELDS);
-          return [name, { accepted, connected, failed, bytes: up + down }];
-        }),
-      );
-    },
+    count: () =>
+      nativeCount(
+        counters,
+        options.listeners.map(({ name }) => name),
+      ),
   };
 }
 

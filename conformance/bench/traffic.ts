@@ -5,6 +5,7 @@
 import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { benchAdd } from './add.ts';
+import type { Programs } from './load.ts';
 import { type Machine, machine } from './machine.ts';
 import { cells, PROFILES, type Profile, type ProfileName, steps } from './plan.ts';
 import { svg } from './plots.ts';
@@ -13,6 +14,7 @@ import { measurePrograms } from './programs-cost.ts';
 import { Progress } from './progress.ts';
 import { benchmarks, plots, type Result, report } from './report.ts';
 import { readRuns, runSteps } from './run.ts';
+import { givenZtunnel } from './ztunnel.ts';
 
 export const RESULTS = join(import.meta.dirname, '../../results');
 
@@ -74,7 +76,8 @@ export interface Finished {
 }
 
 export async function benchTraffic(options: BenchOptions): Promise<Finished> {
-  const programs = { peer: await peer(), fortio: await fortio() };
+  const ztunnel = givenZtunnel();
+  const programs: Programs = { peer: await peer(), fortio: await fortio(), ...(ztunnel && { ztunnel }) };
   let directory = options.resume ? unfinished(options.profile) : undefined;
   let plan: Plan;
   if (directory === undefined) {

@@ -14,6 +14,7 @@ import { must, type Namespace, type Running, type Testbed, until } from '../netn
 import { inPodRules, PROXY_TUNNEL, sharedRules, type Tunnel } from './iptables.ts';
 import type { Evidence, Expectation } from './judge.ts';
 import { type Listener, type ProxyKind, type RunningProxy, startProxy } from './proxies.ts';
+import { startZtunnel, type Ztunnel } from './ztunnel.ts';
 
 /** What the server pod listens on. */
 export const PORTS = { http: 8080, echo: 8081, fortio: 8082, iperf: 5201 } as const;
@@ -28,8 +29,8 @@ const CLIENT_PORTS = '21001 65535';
 
 /** How a mode is wired. The expectation is written apart from it: `judge` compares what was wired with what was wanted. */
 export interface Wiring {
-  /** One proxy in a pod of its own, one inside each of the two pods, or none. */
-  proxies: 'none' | 'shared' | 'in-pod';
+  /** One proxy in a pod of its own, one inside each of the two pods, one ztunnel in both, or none. */
+  proxies: 'none' | 'shared' | 'in-pod' | 'ztunnel';
   /** The client connects to the proxy by address, and the proxy is told where to go on to. */
   fixed?: boolean;
   /** This plugin, on these hooks. */
@@ -85,6 +86,10 @@ export const MODES: readonly Mode[] = [
   mode('iptables-in-pod', 'iptables, in-pod, Istio’s rules', { proxies: 'in-pod', rules: true }, inPodChain, {
     rules: true,
   }),
+  mode('ztunnel', 'ours, in-pod, ztunnel', { proxies: 'ztunnel', ours: 'tcx' }, inPodChain, { hook: 'tcx' }),
+  mode('ztunnel-iptables', 'iptables, in-pod, ztunnel', { proxies: 'ztunnel', rules: true }, inPodChain, {
+    rules: true,
+  }),
 ];
 
 export function modeNamed(name: string): Mode {
@@ -97,6 +102,8 @@ export interface WorldOptions {
   /** Programs, see programs.ts. */
   peer: string;
   fortio: string | undefined;
+  /** For the modes that need one. */
+  ztunnel?: Ztunnel;
   /** Path of the plugin, default: this checkout's. */
   plugin?: string;
   /** Keys for our conflist entry. */
@@ -127,7 +134,7 @@ export class World {
       hook: ours ?? 'tcx',
       rpFilter: 0,
       plugin: ours === undefined ? null : (options.plugin ?? executable),
-      entry: { ...(proxies === 'in-pod' && inPod), ...options.entry },
+      entry: { ...((proxies === 'in-pod' || proxies === 'ztunnel') && inPod), ...options.entry },
     });
     this.directory = this.topology.testbed.directory('bench');
     const enroll: PodOptions = { enroll: ours !== undefined };
@@ -156,7 +163,7 @@ export class World {
     const { topology, client, server } = this;
     const { wiring } = this.mode;
     const pods = [client, server, ...(this.proxy ? [this.proxy] : [])];
-    if (wiring.ours !== undefined && wiring.proxies === 'in-pod') await acknowledge(topology.testbed, topology.runDir);
+    if (wiring.ours !== undefined && this.proxy === undefined) await acknowledge(topology.testbed, topology.runDir);
     await topology.add(...pods);
     // The same on every machine, and not one that paces (bbr), which hides what the path costs. A namespace may have the
     // kernel's unrestricted ones only, and cubic need not be one.
@@ -210,6 +217,14 @@ export class World {
   async useProxy(kind: ProxyKind): Promise<void> {
     const { proxies } = this.mode.wiring;
     if (this.#kind === kind || proxies === 'none') return;
+    if (proxies === 'ztunnel') {
+      const { ztunnel } = this.#options;
+      if (ztunnel === undefined) throw new Error(`mode ${this.mode.name} needs a ztunnel (ZTUNNEL_BINARY)`);
+      const { testbed, node } = this.topology;
+      this.#proxies = await startZtunnel(ztunnel, testbed, node, this.directory, [this.client, this.server]);
+      this.#kind = kind;
+      return;
+    }
     for (const proxy of Object.values(this.#proxies)) await proxy.stop();
     const start = (pod: Pod, label: 'shared' | 'client' | 'server', inPod: boolean) =>
       startProxy(kind, this.topology.testbed, pod.netns, this.directory, this.#options.peer, {

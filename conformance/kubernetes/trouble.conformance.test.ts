@@ -336,17 +336,18 @@ describe.runIf(missingControlPlane() === undefined)('trouble with kube-apiserver
   });
 
   test('the state is removed and made anew beside the agent, as by uninstall and install', async () => {
-    site.startAgent();
+    site.startAgent({ reconcileSeconds: 1 });
     const web = await enrolled('web');
+    await site.untilReady();
     await site.process(web);
     rmSync(site.topology.stateDir, { recursive: true });
     await enrolled('later');
-    // Found again without a record.
-    await plane.label(site.path(web), { again: 'yes' });
     const rows = async () =>
       (await site.attachments()).map(({ name, role: what, state }) => `${name} ${what} ${state}`);
     await until('both are in the new state', async () => (await rows()).length === 2, 20_000);
     expect((await rows()).sort()).toEqual(['later pod attached', 'web pod attached']);
+    expect(await site.metric('ambient_redirect_drift_total', { kind: 'state' })).toBe(1);
+    expect(await site.metric('ambient_redirect_enrolments_total', { event: 'found_open' })).toBe(1);
   });
 
   test('a second agent on the node says so and ends; the first goes on', async () => {

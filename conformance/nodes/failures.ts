@@ -41,7 +41,7 @@ export async function failures(ground: Ground): Promise<void> {
     const before = await sandboxes();
     await one.kill('kubelet');
     for (const load of loads) await load.untilAnswered(20);
-    one.startKubelet();
+    await one.startKubelet();
     await cluster.untilNodeReady(ONE);
     if ((await sandboxes()) !== before) throw new Error('other sandboxes are recorded');
   });

@@ -179,7 +179,7 @@ export class RealNode {
 
   async startRuntime(): Promise<void> {
     await this.startContainerd();
-    this.startKubelet();
+    await this.startKubelet();
     this.#daemon('kube-proxy', [this.options.programs['kube-proxy'], '--config=/etc/kubernetes/kube-proxy.yaml']);
   }
 
@@ -195,7 +195,8 @@ export class RealNode {
     });
   }
 
-  startKubelet(): void {
+  /** Returns when it is well: one that does not find containerd while it starts gives up. */
+  async startKubelet(): Promise<void> {
     // kubelet sets these for the whole machine, so they get files of their own, in a mount namespace of its own.
     const overlay = ['vm/overcommit_memory=1', 'kernel/panic=10', 'kernel/panic_on_oops=1', 'kernel/panic_on_warn=0']
       .map((text) => {
@@ -213,6 +214,12 @@ export class RealNode {
     ];
     const script = `mount --make-private /proc; ${overlay}; exec "$@"`;
     this.#daemon('kubelet', ['unshare', '-m', '--propagation', 'shared', 'sh', '-ec', script, 'sh', ...kubelet]);
+    const healthy = this.argv(['busybox', 'wget', '-q', '-O', '-', 'http://127.0.0.1:10248/healthz']);
+    await until(`${this.name}: kubelet is well`, async () => (await exec(healthy)).stdout === 'ok', START_MS).catch(
+      (error: Error) => {
+        throw new Error(`${error.message}: ${this.log('kubelet')}`);
+      },
+    );
   }
 
   /** What `absolutePath` of the node is called outside. */

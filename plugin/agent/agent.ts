@@ -72,6 +72,8 @@ export interface AgentEvents {
   unenrolled: [pod: EnrolledPod];
   /** one has its snapshot and hears of pods from now on */
   ztunnel: [];
+  /** the state is gone, or another one is in its place: no pod is redirected that was not attached since */
+  lost: [];
 }
 
 interface Recorded {
@@ -418,8 +420,27 @@ export class Agent {
     return run;
   }
 
+  /** struct settings.sign of the state, which is made with it and stays over a migration; undefined: there was none */
+  #sign: string | undefined;
+
+  /** Somebody has removed the state that there was, and not by uninstall. */
+  #isStateLost(): boolean {
+    const sign = this.#withState((state) => hex(this.native.settings(state).sign));
+    const before = this.#sign;
+    this.#sign = sign;
+    return before !== undefined && sign !== before && !isUninstalled(this.settings.runDir);
+  }
+
   async #reconcile(): Promise<void> {
     if (this.#stopped) return;
+    if (this.#isStateLost()) {
+      this.metrics.drift.inc({ kind: 'state' });
+      const { stateDir } = this.settings;
+      this.log.error({ stateDir }, 'the state was removed: its pods are not redirected until they are attached again');
+      // ztunnel is not told that they are gone: what it has of them goes on when they are attached.
+      this.events.emit('lost');
+      return;
+    }
     const dirs = this.#directories();
     const undrained = tryEndDrains(this.native, dirs);
     if (undrained !== null) this.log.warn({ error: undrained }, 'a drained pod keeps its programs');

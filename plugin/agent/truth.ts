@@ -177,7 +177,7 @@ export class Truth {
     const pod = describePod(record);
     for (const { kind, object, expected, found } of findings) onDrift({ kind, pod, object, expected, found });
     try {
-      if (record.role === 'pod' && !hasInterface(native, record)) {
+      if (record.role === 'pod' && record.hooks.length > 0 && !hasInterface(native, record)) {
         // Its programs went with the interface; what is left are entries for an index and addresses that others may get.
         await steps.run(endDrainSteps(native, config, state, key, record));
         onForgotten(record);

@@ -104,6 +104,7 @@ export function addKubernetes(agent: Agent, access: ClusterAccess): KubernetesPa
   });
   // A ztunnel that has come takes what waited for one.
   agent.events.on('ztunnel', () => enroller.lookAtAll());
+  agent.events.on('lost', () => enroller.lookAtAll());
   agent.events.on('enrolled', ({ uid }) => enroller.look(uid));
   agent.events.on('unenrolled', ({ uid }) => enroller.look(uid));
   agent.directories.unshift({
