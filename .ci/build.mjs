@@ -194,36 +194,51 @@ async function buildExecutable(name, addon, { main, commandLine }, nodePackage =
   // What tests compare with: the addon that is inside, also when that of the build tree has gone on.
   const asset = join(ROOT, `build/bundle/${name}.node`);
   copyFileSync(addon, asset);
-  // The path of the main script becomes part of the executable and of its stack traces: from here it is the same in
-  // every checkout.
-  const directory = join(ROOT, 'build/bundle/executable');
-  mkdirSync(directory, { recursive: true });
-  const blob = join(directory, `${name}.blob`);
-  const configuration = join(directory, `${name}.json`);
-  writeFileSync(
-    configuration,
-    JSON.stringify({
-      main: `../${basename(main)}`,
-      output: blob,
-      disableExperimentalSEAWarning: true,
-      // NODE_OPTIONS of the runtime's environment has no effect.
-      execArgvExtension: 'none',
-      useCodeCache: false,
-      useSnapshot: false,
-      assets: { 'ambient-redirect.node': asset, 'command-line.cjs': join(ROOT, commandLine) },
-    }),
-  );
-  run(NODE, ['--experimental-sea-config', configuration], { cwd: directory });
   const unfinished = join(ROOT, 'build', `${name}.new`);
-  copyFileSync(node, unfinished);
-  chmodSync(unfinished, 0o755);
-  await inject(unfinished, readFileSync(blob));
-  rmSync(blob);
+  rmSync(unfinished, { force: true });
+  const sea = {
+    main: `../${basename(main)}`,
+    disableExperimentalSEAWarning: true,
+    // NODE_OPTIONS of the runtime's environment has no effect.
+    execArgvExtension: 'none',
+    useCodeCache: false,
+    useSnapshot: false,
+    assets: { 'ambient-redirect.node': asset, 'command-line.cjs': join(ROOT, commandLine) },
+  };
+  if (nodePackage === NODE_PACKAGE) await withPkg(unfinished, main, sea);
+  else await withPostject(unfinished, node, sea);
   mkdirSync('dist', { recursive: true });
   // A running executable cannot be written to, but its name can be given to another file.
   renameSync(unfinished, output);
   stamp(name, inputs);
   console.error(`built ${output} in ${((performance.now() - started) / 1000).toFixed(1)} s`);
+}
+
+async function withPkg(output, main, seaConfig) {
+  // pkg changes directory, so every path is absolute; its command line and its other mode fetch a Node of their own.
+  const sea = createRequire(import.meta.url)('@yao-pkg/pkg/lib-es5/sea.js').default;
+  // The path of the main script becomes part of the executable and of its stack traces. pkg works in a new directory
+  // under TMPDIR, from where it is the same in every checkout.
+  process.env.TMPDIR = join(ROOT, dirname(main));
+  await sea(join(ROOT, main), {
+    nodePath: NODE,
+    targets: [{ nodeRange: 'node24', platform: 'linux', arch: 'x64', output }],
+    seaConfig,
+  });
+}
+
+/** What pkg does inside. It asks the target's Node for its version, and that of another processor does not run here. */
+async function withPostject(output, node, seaConfig) {
+  const directory = join(ROOT, 'build/bundle/executable');
+  mkdirSync(directory, { recursive: true });
+  const blob = `${output}.blob`;
+  const configuration = join(directory, 'sea.json');
+  writeFileSync(configuration, JSON.stringify({ ...seaConfig, output: blob }));
+  run(NODE, ['--experimental-sea-config', configuration], { cwd: directory });
+  copyFileSync(node, output);
+  chmodSync(output, 0o755);
+  await inject(output, readFileSync(blob));
+  rmSync(blob);
 }
 
 /** Adds the blob to a copy of Node, where Node looks for it. */
