@@ -28,6 +28,12 @@ const DIRECTORIES = [
 const OF_PODS =
   / (link|address|neighbour|route|qdisc|sysctl) .*(veth|cni-|10\.20[12]\.|fd00:20[12])| nft | sysctl ipv[46]\/(conf|neigh)\/veth| route ff00|nf_conntrack|cni0/;
 
+/**
+ * What is to be there: directories that kubelet makes for a hostPath, and until the next install or boot the mark by which
+ * an agent that still runs stands aside, with locks that somebody may hold.
+ */
+const KEPT = /^file (\/etc\/ambient-config|\/run\/ambient-redirect(\/uninstalled|\/([a-z]+\.)?lock)?)$/;
+
 /** Everything of a node that could be ours: files, pins, and the kernel's objects of the node and of its pods. */
 async function dump(node: RealNode): Promise<KernelState> {
   const state = new Map(await kernelState([node.namespace], { pins: [node.path('/sys/fs/bpf')] }));
@@ -97,7 +103,7 @@ export async function removal(ground: Ground, before: readonly KernelState[]): P
     const lines: string[] = [];
     for (const [index, name] of NODE_NAMES.entries()) {
       const now = await dump(cluster.node(name));
-      lines.push(...differences(before[index] ?? new Map(), now, OF_PODS));
+      lines.push(...differences(before[index] ?? new Map(), now, new RegExp(`${OF_PODS.source}|${KEPT.source}`)));
     }
     if (lines.length > 0) throw new Error(lines.slice(0, 40).join('\n'));
     return `${before.map(({ size }) => size).join(' and ')} facts before, the same after`;
