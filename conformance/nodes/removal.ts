@@ -5,7 +5,7 @@ import { createHash } from 'node:crypto';
 import { lstatSync, readdirSync, readFileSync, readlinkSync } from 'node:fs';
 import { join } from 'node:path';
 import { differences, type KernelState, kernelState } from '../kernel-state.ts';
-import { Namespace } from '../netns.ts';
+import { Namespace, until } from '../netns.ts';
 import { NODE_NAMES } from './cluster.ts';
 import { type Ground, ONE, PORT, SERVER, SHOP, TWO } from './ground.ts';
 import { Load } from './load.ts';
@@ -100,6 +100,7 @@ export async function removal(ground: Ground, before: readonly KernelState[]): P
   });
   await step('nothing of ours is left on the nodes', async () => {
     await cluster.kubectl(['delete', 'daemonset', '-n', SYSTEM, 'ztunnel', '--wait'], { timeout: 60_000 });
+    await until('its pods are gone', async () => (await cluster.pods(SYSTEM, 'app=ztunnel')).length === 0, 60_000);
     const lines: string[] = [];
     for (const [index, name] of NODE_NAMES.entries()) {
       const now = await dump(cluster.node(name));
