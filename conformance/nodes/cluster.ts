@@ -13,7 +13,7 @@ import { type ExecOptions, exec, must, type Running, type Testbed, until } from 
 import { type NodePrograms, nodePrograms } from './build.ts';
 import { meshImage } from './images.ts';
 import { currentImage, type Image, nextImage } from './next.ts';
-import { RealNode } from './node.ts';
+import { addressing, RealNode } from './node.ts';
 
 const CONTROL = '172.31.0.1';
 export const NODE_NAMES = ['worker-1', 'worker-2'] as const;
@@ -74,6 +74,12 @@ export class Cluster {
     must(['ip', 'address', 'add', `${CONTROL}/24`, 'dev', 'fabric']);
     must(['ip', 'address', 'add', 'fd31::1/64', 'dev', 'fabric', 'nodad']);
     must(['ip', 'link', 'set', 'fabric', 'up']);
+    // Pods speak to the API server with their own addresses.
+    for (const number of [1, 2]) {
+      const { node, node6, pods, pods6 } = addressing(number);
+      must(['ip', 'route', 'add', pods, 'via', node]);
+      must(['ip', 'route', 'add', pods6, 'via', node6]);
+    }
     const programs = await nodePrograms();
     const kubelets = NODE_NAMES.map((name) => ({
       token: `${name}-token`,

@@ -5,7 +5,7 @@ import { createHash } from 'node:crypto';
 import { lstatSync, readdirSync, readFileSync, readlinkSync } from 'node:fs';
 import { join } from 'node:path';
 import { differences, type KernelState, kernelState } from '../kernel-state.ts';
-import { Namespace } from '../netns.ts';
+import { Namespace, until } from '../netns.ts';
 import { NODE_NAMES } from './cluster.ts';
 import { type Ground, ONE, PORT, SERVER, SHOP, TWO } from './ground.ts';
 import { Load } from './load.ts';
@@ -27,6 +27,12 @@ const DIRECTORIES = [
 /** Of pods, which have other names in every sandbox, and of kube-proxy, which follows them. */
 const OF_PODS =
   / (link|address|neighbour|route|qdisc|sysctl) .*(veth|cni-|10\.20[12]\.|fd00:20[12])| nft | sysctl ipv[46]\/(conf|neigh)\/veth| route ff00|nf_conntrack|cni0/;
+
+/**
+ * What is to be there: directories that kubelet makes for a hostPath, and until the next install or boot the mark by which
+ * an agent that still runs stands aside, with locks that somebody may hold.
+ */
+const KEPT = /^file (\/etc\/ambient-config|\/run\/ambient-redirect(\/uninstalled|\/([a-z]+\.)?lock)?)$/;
 
 /** Everything of a node that could be ours: files, pins, and the kernel's objects of the node and of its pods. */
 async function dump(node: RealNode): Promise<KernelState> {
@@ -94,10 +100,11 @@ export async function removal(ground: Ground, before: readonly KernelState[]): P
   });
   await step('nothing of ours is left on the nodes', async () => {
     await cluster.kubectl(['delete', 'daemonset', '-n', SYSTEM, 'ztunnel', '--wait'], { timeout: 60_000 });
+    await until('its pods are gone', async () => (await cluster.pods(SYSTEM, 'app=ztunnel')).length === 0, 60_000);
     const lines: string[] = [];
     for (const [index, name] of NODE_NAMES.entries()) {
       const now = await dump(cluster.node(name));
-      lines.push(...differences(before[index] ?? new Map(), now, OF_PODS));
+      lines.push(...differences(before[index] ?? new Map(), now, new RegExp(`${OF_PODS.source}|${KEPT.source}`)));
     }
     if (lines.length > 0) throw new Error(lines.slice(0, 40).join('\n'));
     return `${before.map(({ size }) => size).join(' and ')} facts before, the same after`;

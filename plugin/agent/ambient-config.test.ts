@@ -42,3 +42,13 @@ test('what could not be written is written the next time', () => {
   config.write(true);
   expect(readFileSync(join(directory, 'config.json'), 'utf8')).toContain('"ztunnelReady":true');
 });
+
+test('it goes when the node is left, and is written again after the next install', () => {
+  const directory = mkdtempSync(join(root, 'left-'));
+  const config = new AmbientConfig(directory, () => {});
+  config.write(true);
+  config.remove();
+  expect(readdirSync(directory)).toEqual([]);
+  config.write(true);
+  expect(readdirSync(directory)).toEqual(['config.json']);
+});

@@ -2,10 +2,11 @@
 // /etc/ambient-config/config.json, by which Istio 1.20's own plugin and its tools learn how the node redirects, and the
 // line that says so once the proxy is there. Only where redirectMode is set.
 
-import { mkdirSync, readFileSync } from 'node:fs';
+import { mkdirSync, readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { listenerState } from '../cli/survey.ts';
 import { inOwnNetns } from '../datapath.ts';
+import { isUninstalled } from '../install/entry.ts';
 import { replaceFile } from '../install/files.ts';
 import type { Native } from '../native.ts';
 import { openState } from '../state.ts';
@@ -44,6 +45,12 @@ export class AmbientConfig {
     this.#say(`ambient Writing ambient config: ${JSON.stringify({ ztunnelReady, redirectMode: IN_LINE })}`);
   }
 
+  /** When the node is left: it would go on telling of a proxy that nothing is redirected to. */
+  remove(): void {
+    rmSync(this.#path, { force: true });
+    this.#ready = undefined;
+  }
+
   #contents(): string | undefined {
     try {
       return readFileSync(this.#path, 'utf8');
@@ -58,13 +65,14 @@ const PERIOD_MS = 1_000;
 
 /** Keeps the file while the agent runs, if redirectMode is set. Returns what ends it. */
 export function addAmbientConfig({ native, settings, log, zds }: AmbientAgent): () => void {
-  const { redirectMode, ambientConfigDir, stateDir } = settings;
+  const { redirectMode, ambientConfigDir, stateDir, runDir } = settings;
   if (redirectMode === undefined || ambientConfigDir === undefined) return () => {};
   const config = new AmbientConfig(ambientConfigDir, (line) => log.info(line));
   let failure = '';
   const look = () => {
     try {
-      config.write(zds()?.isLive === true || isProxyListening(native, stateDir));
+      if (isUninstalled(runDir)) config.remove();
+      else config.write(zds()?.isLive === true || isProxyListening(native, stateDir));
       failure = '';
     } catch (error) {
       const { message } = error as Error;
@@ -79,7 +87,7 @@ export function addAmbientConfig({ native, settings, log, zds }: AmbientAgent): 
 
 interface AmbientAgent {
   native: Native;
-  settings: Pick<AgentSettings, 'redirectMode' | 'ambientConfigDir' | 'stateDir'>;
+  settings: Pick<AgentSettings, 'redirectMode' | 'ambientConfigDir' | 'stateDir' | 'runDir'>;
   log: Pick<AgentLog, 'info' | 'error'>;
   zds: () => { isLive: boolean } | undefined;
 }
