@@ -18,7 +18,7 @@ export function haveGo(env: NodeJS.ProcessEnv = process.env): boolean {
 }
 
 /** `name` has the version in it. */
-export function cacheDirectory(name: string, env: NodeJS.ProcessEnv = process.env): string {
+export function peerDirectory(name: string, env: NodeJS.ProcessEnv = process.env): string {
   const cache = env.XDG_CACHE_HOME ?? (process.getuid?.() === 0 ? '/var/cache' : join(homedir(), '.cache'));
   return join(cache, 'ambient-redirect', name);
 }

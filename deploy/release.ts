@@ -28,6 +28,8 @@ export interface ReleaseOptions {
   /** Directory of the chart's sources. */
   chart?: string;
   changelog?: string;
+  /** Without it those whose image is there. */
+  architectures?: readonly Architecture[];
 }
 
 interface Executable {
@@ -40,14 +42,16 @@ export async function release({
   output,
   chart = CHART,
   changelog = join(ROOT, 'CHANGELOG.md'),
+  architectures = (['amd64', 'arm64'] as const).filter((one) => existsSync(imageArchive(one))),
 }: ReleaseOptions): Promise<string[]> {
-  const executables = builtExecutables();
+  const executables = builtExecutables(architectures);
+  requireOneCommit(architectures);
   requireOneVersion(chart, changelog);
   rmSync(output, { recursive: true, force: true });
   mkdirSync(output, { recursive: true });
   try {
     for (const { architecture, path } of executables) {
-      requireVersion(`${imageArchive(architecture)}, label`, imageVersion(architecture));
+      requireVersion(`${imageArchive(architecture)}, label`, imageLabel(architecture, 'version'));
       packExecutable(architecture, path, changelog, output);
       copyFileSync(imageArchive(architecture), join(output, `${IMAGE}-${VERSION}-image-${architecture}.tar`));
       copyFileSync(imageSbom(architecture), join(output, `${IMAGE}-${VERSION}-image-${architecture}.cdx.json`));
@@ -65,13 +69,13 @@ export async function release({
 }
 
 /** Those that an image was made of. */
-function builtExecutables(): Executable[] {
+function builtExecutables(architectures: readonly Architecture[]): Executable[] {
   const all: Executable[] = [
     { architecture: 'amd64', path: join(ROOT, 'dist', IMAGE) },
     { architecture: 'arm64', path: join(ROOT, 'dist', `${IMAGE}-arm64`) },
   ];
-  const built = all.filter(({ architecture }) => existsSync(imageArchive(architecture)));
-  if (!built.some(({ architecture }) => architecture === 'amd64')) {
+  const built = all.filter(({ architecture }) => architectures.includes(architecture));
+  if (!existsSync(imageArchive('amd64'))) {
     throw new Error(`${imageArchive('amd64')} is not there: npm run image`);
   }
   for (const { architecture, path } of built) {
@@ -93,11 +97,18 @@ function requireOneVersion(chart: string, changelog: string): void {
   requireVersion(`${basename(changelog)}, newest`, newest);
 }
 
+function requireOneCommit(architectures: readonly Architecture[]): void {
+  const revisions = architectures.map((one) => `${one} ${imageLabel(one, 'revision')}`);
+  if (new Set(revisions.map((text) => text.split(' ')[1])).size > 1) {
+    throw new Error(`the images are of different commits (${revisions.join(', ')}): npm run image -- --arch arm64`);
+  }
+}
+
 function requireVersion(where: string, found: unknown): void {
   if (found !== VERSION) throw new Error(`${where}: version ${String(found)}, but package.json has ${VERSION}`);
 }
 
-function imageVersion(architecture: Architecture): string | undefined {
+function imageLabel(architecture: Architecture, name: string): string | undefined {
   const blob = (digest: string) =>
     JSON.parse(run(['tar', '-xOf', imageArchive(architecture), `blobs/${digest.replace(':', '/')}`])) as Record<
       string,
@@ -108,7 +119,7 @@ function imageVersion(architecture: Architecture): string | undefined {
   };
   const manifest = blob(index.manifests[0]?.digest ?? '') as { config: { digest: string } };
   const { config } = blob(manifest.config.digest) as { config: { Labels: Record<string, string> } };
-  return config.Labels['org.opencontainers.image.version'];
+  return config.Labels[`org.opencontainers.image.${name}`];
 }
 
 /** For a node without Kubernetes: the executable, an example of its entry, and the papers. */

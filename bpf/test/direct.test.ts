@@ -116,6 +116,11 @@ describe.each(families)('IPv%i: 16 flows of a pod', (family) => {
     datapath.enrol({ flags: ['STRICT'] });
     await datapath.check('pod_egress', own(1200, SYN), datapath.toProxy('redirected_outbound', datapath.old(), 1));
     expect(ports(node.ifindex.pod)).toEqual(kept.filter((port) => port !== 1200));
+    // And remembered again, in the very place that it left: both sets are full.
+    datapath.enrol({ flags: DRAINING });
+    await begin(1200);
+    await goesOn(1200);
+    expect(ports(node.ifindex.pod)).toEqual(kept);
   });
 });
 

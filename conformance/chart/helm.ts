@@ -5,7 +5,7 @@
 
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
-import { buildOnce, cacheDirectory, haveGo, NO_GO } from '../go.ts';
+import { buildOnce, haveGo, NO_GO, peerDirectory } from '../go.ts';
 import { exec, type Outcome } from '../netns.ts';
 
 export const HELM = 'v4.3.1';
@@ -14,14 +14,14 @@ export const CHART = join(import.meta.dirname, '../../deploy/chart');
 
 /** Why there is no helm to test with, or undefined if there is one or it can be built. */
 export function missingHelm(env: NodeJS.ProcessEnv = process.env): string | undefined {
-  const there = env.HELM_BINARY || existsSync(join(cacheDirectory(`helm-${HELM}`, env), 'helm'));
+  const there = env.HELM_BINARY || existsSync(join(peerDirectory(`helm-${HELM}`, env), 'helm'));
   return there || haveGo(env) ? undefined : NO_GO;
 }
 
 /** Path of the program; built if it is not in the cache. */
 export async function helmProgram(env: NodeJS.ProcessEnv = process.env): Promise<string> {
   if (env.HELM_BINARY) return env.HELM_BINARY;
-  const directory = cacheDirectory(`helm-${HELM}`, env);
+  const directory = peerDirectory(`helm-${HELM}`, env);
   await buildOnce(
     directory,
     async (go) => {
@@ -38,7 +38,8 @@ export async function helm(argv: readonly string[], env: Record<string, string> 
   const program = await helmProgram();
   const nowhere = { HELM_CONFIG_HOME: '/nonexistent', HELM_DATA_HOME: '/nonexistent', HELM_CACHE_HOME: '/nonexistent' };
   return exec([program, ...argv], {
-    env: { PATH: process.env.PATH ?? '', HOME: '/nonexistent', ...nowhere, ...env },
+    // helm makes $HOME/.kube/cache, as root in any directory that is not there.
+    env: { PATH: process.env.PATH ?? '', HOME: '/dev/null', ...nowhere, ...env },
     timeout: 60_000,
   });
 }

@@ -14,13 +14,14 @@ import { missingControlPlane } from '../kubernetes/build.ts';
 import { ControlPlane } from '../kubernetes/control-plane.ts';
 import { Front } from '../kubernetes/front.ts';
 import { grantRole } from '../kubernetes/role.ts';
-import { type Running, Testbed, until } from '../netns.ts';
+import { exec, type Running, Testbed, until } from '../netns.ts';
 import { missingHelm } from './helm.ts';
 import { type ChartContainer, type ChartPod, importImage, Kubelet, type RunningPod } from './kubelet.ts';
 import { type KubernetesObject, objectsOf, render } from './render.ts';
 
 /** In the order in which they are tried. */
 export const FEATURES = [
+  'starts without a network',
   'install',
   'agent ready',
   'ztunnel connects',
@@ -204,8 +205,14 @@ class Round {
       }
     };
     await plane.createNamespace(this.#namespace, { 'istio.io/dataplane-mode': 'ambient' });
+    await attempt('starts without a network', async () => {
+      rmSync(node.path(CONFLIST), { force: true });
+      await this.#untilNetwork(false);
+      await this.#start(this.#podOf('istio-cni-node', change), 'early');
+    });
     chownSync(node.path('/etc/cni/net.d'), OWNER, OWNER);
     await this.#writeConflist();
+    await this.#untilNetwork(true);
     const before = await this.#workload('before');
 
     const agents = this.#podOf('istio-cni-node', change);
@@ -226,8 +233,6 @@ class Round {
     let netns: string | undefined;
     const ready = await attempt('agent ready', async () => {
       netns = await running.netns();
-      // The API server is where the pod's loopback is.
-      if (netns !== undefined) await Front.start(this.#world.testbed, plane, node.namespaceAt(netns));
       container = await running.start(agent);
       await this.#until(
         'it is ready',
@@ -272,8 +277,17 @@ class Round {
       const links = '/sys/fs/bpf/ambient-redirect/links';
       const pinned = (await node.run(['find', links, '-type', 'f'])).split('\n').filter((path) => path !== '');
       if (pinned[0] === undefined) throw new Error(`nothing in ${links}`);
-      await node.run(['bpftool', 'link', 'detach', 'pinned', pinned[0]]);
+      // Those inside the pod, and those on the node's end of its veth.
+      for (const path of pinned) await node.run(['bpftool', 'link', 'detach', 'pinned', path]);
       await this.#until('it is made again', () => log().includes('made again as recorded'), log);
+      // As the node itself sees it: interface numbers mean nothing elsewhere.
+      let seen = '';
+      const inOrder = async () => {
+        const { status, stdout } = await exec(node.argv([EXECUTABLE, 'status']));
+        seen = stdout.slice(stdout.indexOf('problem'));
+        return status === 0;
+      };
+      await this.#until('all of them are', inOrder, () => seen);
     });
     await attempt('conflist repaired', async () => {
       await this.#writeConflist();
@@ -333,8 +347,12 @@ class Round {
   }
 
   async #start(pod: ChartPod, name: string): Promise<RunningPod> {
+    const { testbed, plane, node } = this.#world;
     const running = await this.#kubelet.startPod(pod, name);
     this.#pods.push(running);
+    // The API server is where the pod's loopback is.
+    const netns = await running.netns();
+    if (netns !== undefined) await Front.start(testbed, plane, node.namespaceAt(netns));
     return running;
   }
 
@@ -374,6 +392,19 @@ class Round {
     const ztunnel = node.launch(['sh', '-c', `echo $$ >${cgroup}/cgroup.procs && exec ${command}`]);
     this.#ztunnel = ztunnel;
     return ztunnel;
+  }
+
+  /** The runtime follows the directory. */
+  #untilNetwork(wanted: boolean): Promise<void> {
+    const { node } = this.#world;
+    return until(
+      `the network is ${wanted ? '' : 'not '}ready`,
+      async () => {
+        const { status } = await node.cri.call('Status', {});
+        return status.conditions.find(({ type }) => type === 'NetworkReady')?.status === wanted;
+      },
+      PATIENCE_MS,
+    );
   }
 
   /** As its owner's daemon writes it. */
@@ -421,9 +452,36 @@ class Round {
   }
 }
 
-/** What does not work, by variant; all that is not here works. */
+/** Nothing was tried after it. */
+const from = (feature: Feature): readonly Feature[] => FEATURES.slice(FEATURES.indexOf(feature));
+
+/** No pod starts, so nothing of one was tried. */
+const NO_POD: readonly Feature[] = ['new pod served', 'traffic redirected', 'program repaired', 'trace'];
+
+/** Pods that the plugin has not seen are not found; what is sent to such a pod by way of its own ztunnel is lost. */
+const NO_PROCESSES: readonly Feature[] = ['mark trusted', 'running pod found', 'traffic redirected'];
+
+/** What does not work, by variant. */
 export const EXPECTED: Readonly<Record<string, readonly Feature[]>> = {
-  'without NET_ADMIN': ['running pod found', 'traffic redirected', 'program repaired', 'status', 'uninstall'],
+  'without NET_ADMIN': ['running pod found', 'traffic redirected', 'program repaired', 'status', 'trace', 'uninstall'],
+  'without SYS_ADMIN': from('agent ready'),
+  'without SYS_PTRACE': NO_PROCESSES,
+  'without DAC_OVERRIDE': from('install'),
+  'without CHOWN': from('install'),
+  'without FOWNER': from('install'),
+  'without the mount tmp': from('install'),
+  'without the mount bpffs': from('agent ready'),
+  'without the mount run': from('install'),
+  'without the mount cni-net-dir': from('install'),
+  'without the mount netns': NO_POD,
+  'without the mount cni-bin-dir': from('install'),
+  'without the mount entry': from('install'),
+  'without the mount token': from('agent ready'),
+  'without the mount zds': from('agent ready'),
+  'netns without HostToContainer': NO_POD,
+  'without hostPID': NO_PROCESSES,
+  // The contract "shared", whose programs are on the node's side alone, is not tried here.
+  'without hostNetwork': ['starts without a network'],
 };
 
 /** Runs those whose name has one of `only` in it, or all; returns how many came out otherwise than expected. */

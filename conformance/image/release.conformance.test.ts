@@ -20,16 +20,18 @@ const title = (text: string) => (without === undefined ? text : `(optional) ${te
 const run = test.skipIf(without !== undefined);
 
 const output = join(testbed.directory('release'), 'out');
+/** An arm64 image of an earlier commit may be lying there. */
+const architectures = ['amd64'] as const;
 let names: string[];
 
 beforeAll(async () => {
   if (without !== undefined) return;
   await buildImage();
-  names = await release({ output });
+  names = await release({ output, architectures });
 }, 300_000);
 
 run(title('has executable, image, chart, ingredients, notices and checksums, all of one version'), async () => {
-  expect(names.filter((name) => !name.includes('arm64'))).toEqual([
+  expect(names).toEqual([
     'SHA256SUMS',
     'THIRD-PARTY-NOTICES',
     `ambient-redirect-${VERSION}-image-amd64.cdx.json`,
@@ -66,11 +68,15 @@ run(title('has executable, image, chart, ingredients, notices and checksums, all
   expect(template.stdout).toContain('kind: DaemonSet');
 });
 
-run(title('is the same to the byte when it is made again'), async () => {
-  const again = join(testbed.directory('again'), 'out');
-  await release({ output: again });
-  expect(readFileSync(join(again, 'SHA256SUMS'), 'utf8')).toBe(readFileSync(join(output, 'SHA256SUMS'), 'utf8'));
-});
+run(
+  title('is the same to the byte when it is made again'),
+  async () => {
+    const again = join(testbed.directory('again'), 'out');
+    await release({ output: again, architectures });
+    expect(readFileSync(join(again, 'SHA256SUMS'), 'utf8')).toBe(readFileSync(join(output, 'SHA256SUMS'), 'utf8'));
+  },
+  180_000,
+);
 
 run(title('is refused, and no folder left, where the chart or the change log has another version'), async () => {
   const work = testbed.directory('other');
@@ -81,12 +87,14 @@ run(title('is refused, and no folder left, where the chart or the change log has
   const target = join(work, 'out');
   for (const key of ['version', 'appVersion']) {
     writeFileSync(description, text.replace(new RegExp(`^${key}: .*`, 'm'), `${key}: 9.8.7`));
-    await expect(release({ output: target, chart })).rejects.toThrow(
+    await expect(release({ output: target, chart, architectures })).rejects.toThrow(
       `Chart.yaml, ${key}: version 9.8.7, but package.json has ${VERSION}`,
     );
   }
   const changelog = join(work, 'CHANGELOG.md');
   writeFileSync(changelog, readFileSync(join(ROOT, 'CHANGELOG.md'), 'utf8').replace(`[${VERSION}]`, '[9.8.7]'));
-  await expect(release({ output: target, changelog })).rejects.toThrow('CHANGELOG.md, newest: version 9.8.7');
+  await expect(release({ output: target, changelog, architectures })).rejects.toThrow(
+    'CHANGELOG.md, newest: version 9.8.7',
+  );
   expect(existsSync(target)).toBe(false);
 });

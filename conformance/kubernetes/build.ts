@@ -4,15 +4,13 @@
 // outside the checkout. Run by itself (node conformance/kubernetes/build.ts) it builds them and says in a line which, or
 // why there are none.
 
-import { existsSync, mkdirSync, readFileSync, renameSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
-import { homedir } from 'node:os';
-import { delimiter, join } from 'node:path';
-import { exec } from '../netns.ts';
+import { existsSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { buildOnce, haveGo, NO_GO, peerDirectory } from '../go.ts';
+
+export { peerDirectory };
 
 export const KUBERNETES = 'v1.37.2';
-
-/** Minutes that a build with nothing in Go's own cache may take on a busy machine. */
-const BUILD_TIMEOUT_MS = 45 * 60_000;
 
 export interface ControlPlanePrograms {
   apiServer: string;
@@ -23,8 +21,7 @@ export interface ControlPlanePrograms {
 export function missingControlPlane(env: NodeJS.ProcessEnv = process.env): string | undefined {
   if (fromEnvironment(env) || existsSync(join(peerDirectory(`kubernetes-${KUBERNETES}`, env), 'kube-apiserver')))
     return undefined;
-  const haveGo = (env.PATH ?? '').split(delimiter).some((directory) => existsSync(join(directory, 'go')));
-  return haveGo ? undefined : 'no "go" in PATH to build it with';
+  return haveGo(env) ? undefined : NO_GO;
 }
 
 /** The two programs; built if they are not in the cache. */
@@ -32,21 +29,13 @@ export async function controlPlanePrograms(env: NodeJS.ProcessEnv = process.env)
   const given = fromEnvironment(env);
   if (given) return given;
   const directory = peerDirectory(`kubernetes-${KUBERNETES}`, env);
-  if (!existsSync(join(directory, 'kube-apiserver'))) {
-    await buildKubernetes(directory, MAIN, ['kube-apiserver', 'etcd'], env);
-  }
+  await buildKubernetes(directory, MAIN, ['kube-apiserver', 'etcd'], env);
   return { apiServer: join(directory, 'kube-apiserver'), etcd: join(directory, 'etcd') };
 }
 
 function fromEnvironment(env: NodeJS.ProcessEnv): ControlPlanePrograms | undefined {
   const { KUBE_APISERVER_BINARY: apiServer, ETCD_BINARY: etcd } = env;
   return apiServer && etcd ? { apiServer, etcd } : undefined;
-}
-
-/** Where a built peer is kept, outside of every checkout. */
-export function peerDirectory(name: string, env: NodeJS.ProcessEnv): string {
-  const cache = env.XDG_CACHE_HOME ?? (process.getuid?.() === 0 ? '/var/cache' : join(homedir(), '.cache'));
-  return join(cache, 'ambient-redirect', name);
 }
 
 // Both in one executable: they share most of their code, and linking is the slow part.
@@ -95,17 +84,7 @@ export async function buildKubernetes(
   [name, ...others]: readonly [string, ...string[]],
   outer: NodeJS.ProcessEnv,
 ): Promise<void> {
-  mkdirSync(join(directory, '..'), { recursive: true });
-  const fresh = `${directory}.${process.pid}`;
-  mkdirSync(fresh);
-  try {
-    const { GOFLAGS: _, ...rest } = outer;
-    const env = { HOME: homedir(), ...(rest as Record<string, string>), CGO_ENABLED: '0' };
-    const go = async (argv: string[]) => {
-      const outcome = await exec(argv, { cwd: fresh, env, timeout: BUILD_TIMEOUT_MS });
-      if (outcome.status !== 0) throw new Error(`${argv.join(' ')}: exit ${outcome.status}: ${outcome.stderr}`);
-      return outcome.stdout;
-    };
+  const build = async (go: (argv: readonly string[]) => Promise<string>, fresh: string) => {
     const download = await go(['go', 'mod', 'download', '-json', `k8s.io/kubernetes@${KUBERNETES}`]);
     const { Dir: source } = JSON.parse(download) as { Dir: string };
     writeFileSync(join(fresh, 'go.mod'), wrappingModule(readFileSync(join(source, 'go.mod'), 'utf8')));
@@ -117,11 +96,8 @@ export async function buildKubernetes(
     // One build at a time: each takes gigabytes and every processor.
     await go(['flock', `${directory}.lock`, ...compile, '-o', name, '.']);
     for (const other of others) symlinkSync(name, join(fresh, other));
-    // Somebody else may have been quicker.
-    if (!existsSync(directory)) renameSync(fresh, directory);
-  } finally {
-    rmSync(fresh, { recursive: true, force: true });
-  }
+  };
+  await buildOnce(directory, build, outer);
 }
 
 if (import.meta.main) {

@@ -182,7 +182,8 @@ export class Cluster {
       HELM_CACHE_HOME: '/nonexistent',
     };
     const argv = [await helmProgram(), `--kubeconfig=${this.kubeconfig}`, ...args];
-    const env = { PATH: process.env.PATH ?? '', HOME: '/nonexistent', ...nowhere };
+    // helm makes $HOME/.kube/cache, as root in any directory that is not there.
+    const env = { PATH: process.env.PATH ?? '', HOME: '/dev/null', ...nowhere };
     const outcome = await exec(argv, { timeout, env });
     if (outcome.status !== 0) {
       throw new Error(

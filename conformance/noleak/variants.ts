@@ -47,7 +47,10 @@ export interface Variant {
 export const variants: readonly Variant[] = [
   {
     name: 'ipv6-passed',
-    changes: [{ file: 'bpf/parse.h', find: /(if \(eth\.h_proto == bpf_htons\(ETH_P_IPV6\))\)/g, replace: '$1 && 0)' }],
+    changes: [
+      { file: 'bpf/parse.h', find: /(if \(eth\.h_proto == bpf_htons\(ETH_P_IPV6\))\)/g, replace: '$1 && 0)' },
+      { file: 'bpf/parse.h', find: /(if \(eth->h_proto == bpf_htons\(ETH_P_IPV6\))\)/g, replace: '$1 && 0)' },
+    ],
     caughtAs: [/^small: SYN$/],
   },
   {

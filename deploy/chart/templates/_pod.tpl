@@ -19,9 +19,9 @@ imagePullPolicy: {{ . }}
 
 {{/* Where the pods run, and as what. */}}
 {{- define "ambient-redirect.placement" -}}
-# The links, qdiscs, filters and routes that the agent keeps are those of the node, and interface numbers mean nothing in
-# another network namespace: it works in its own. It starts without any CNI call for the same reason, so a node whose
-# network is broken still gets its agent, and the plugin is never asked about it.
+# It starts without any CNI call: a node whose network is not there yet, or broken, gets its agent all the same, and the
+# plugin is never asked about it. The links, filters and routes that it compares and repairs in the contract "shared" are
+# those of the node, and interface numbers mean nothing elsewhere.
 hostNetwork: true
 # Without a name of the cluster to look up, it does not depend on the cluster's DNS, whose pods may be in the mesh.
 dnsPolicy: Default
