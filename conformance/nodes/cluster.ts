@@ -182,8 +182,8 @@ export class Cluster {
       HELM_CACHE_HOME: '/nonexistent',
     };
     const argv = [await helmProgram(), `--kubeconfig=${this.kubeconfig}`, ...args];
-    // helm makes $HOME/.kube/cache, as root in any directory that is not there.
-    const env = { PATH: process.env.PATH ?? '', HOME: '/dev/null', ...nowhere };
+    // helm keeps what it knows of the cluster in $HOME/.kube/cache.
+    const env = { PATH: process.env.PATH ?? '', HOME: this.plane.directory, ...nowhere };
     const outcome = await exec(argv, { timeout, env });
     if (outcome.status !== 0) {
       throw new Error(
