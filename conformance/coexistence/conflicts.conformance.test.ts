@@ -5,10 +5,17 @@
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { EXECUTABLE } from '../chain.ts';
 import { families } from '../e2e/topology.ts';
+import { until } from '../netns.ts';
 import type { JsonObject, PluginConf } from '../runtime.ts';
 import { Site, type Subject } from './site.ts';
 
 const PORT = 80;
+
+/** Has the kernel look for the address's neighbour. */
+const ASK = `
+import socket, sys
+family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
+socket.socket(family, socket.SOCK_DGRAM).sendto(b"", (sys.argv[1], 9))`;
 
 describe.each([
   ['bridge', 'tcx'],
@@ -123,9 +130,19 @@ describe.each([
       const mac = '02:00:5e:00:53:aa';
       const tuning: PluginConf = { type: 'tuning', mac, dataDir: site.topology.testbed.directory(`tuning.mac.${how}`) };
       await site.add(subject, [site.ours, tuning], result);
-      // The address may be one that a pod before it had: then the node knows a MAC address for it, which bridge's own
-      // announcement has brought up to date, and tuning's has not.
-      site.topology.node.run(['ip', 'neigh', 'flush', 'all']);
+      // The address may be one that a pod before it had, and announcements may still be on their way: what the node has
+      // learned by asking is what counts.
+      for (const family of families) {
+        const address = subject.pod.addresses[family];
+        await until(`the node has ${mac} for ${address}`, () => {
+          const { node } = site.topology;
+          const [entry] = JSON.parse(node.ip('-j', 'neigh', 'show', 'to', address)) as { lladdr?: string }[];
+          if (entry?.lladdr === mac) return true;
+          if (entry?.lladdr !== undefined) node.run(['ip', 'neigh', 'flush', 'to', address]);
+          node.run(['python3', '-c', ASK, address]);
+          return false;
+        });
+      }
       await expect(proxied(subject)).rejects.toThrow('ETIMEDOUT');
       const what = /^fails: eth0 of default\/\S+: its MAC address is 02:00:5e:00:53:aa and was \S+ at ADD/;
       expect(await named(subject)).toEqual([expect.stringMatching(what)]);
