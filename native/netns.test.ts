@@ -36,7 +36,7 @@ describe('openNetns', () => {
   });
 
   test.each([
-    ['a file that is not there', '/nonexistent', 'ENOENT'],
+    ['a file that is not there', '/proc/nonexistent', 'ENOENT'],
     ['a file', '/etc/hostname', 'EINVAL'],
     ['a directory', '/', 'EINVAL'],
     ['a namespace of another type', '/proc/self/ns/mnt', 'EINVAL'],

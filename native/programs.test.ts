@@ -161,7 +161,7 @@ describe('loadPrograms', () => {
 
 describe('programs by path and id', () => {
   test('absent ones', () => {
-    expect(cause(() => native.openProgram('/nonexistent'))).toEqual({
+    expect(cause(() => native.openProgram('/proc/nonexistent'))).toEqual({
       code: 'ENOENT',
       errno: 2,
       syscall: 'bpf(BPF_OBJ_GET)',
