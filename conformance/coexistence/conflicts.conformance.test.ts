@@ -127,7 +127,8 @@ describe.each([
     'tuning changes the MAC address after us: nothing leaks, doctor names it, and %s mends it',
     async (how) => {
       const { subject, result } = await prepared();
-      const mac = '02:00:5e:00:53:aa';
+      // One each: a bridge takes two ports with the same address for one that moves to and fro.
+      const mac = how === 'CHECK' ? '02:00:5e:00:53:aa' : '02:00:5e:00:53:bb';
       const tuning: PluginConf = { type: 'tuning', mac, dataDir: site.topology.testbed.directory(`tuning.mac.${how}`) };
       await site.add(subject, [site.ours, tuning], result);
       // The address may be one that a pod before it had, and announcements may still be on their way: what the node has
@@ -144,7 +145,7 @@ describe.each([
         });
       }
       await expect(proxied(subject)).rejects.toThrow('ETIMEDOUT');
-      const what = /^fails: eth0 of default\/\S+: its MAC address is 02:00:5e:00:53:aa and was \S+ at ADD/;
+      const what = new RegExp(`^fails: eth0 of default/\\S+: its MAC address is ${mac} and was \\S+ at ADD`);
       expect(await named(subject)).toEqual([expect.stringMatching(what)]);
       const checked = () => site.runtime.check(subject.list([site.ours]), subject.rt);
       if (how === 'CHECK') {

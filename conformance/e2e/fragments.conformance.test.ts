@@ -120,7 +120,8 @@ describe.each(['ptp', 'bridge'] as const)('fragments, %s', (primary) => {
     expect(answer).toBe(`${mesh.address('client', family)} ${text}`.slice(0, 2048));
     await mesh.client.endpoint.ping(mesh.address('outsider', family), 4000);
     await mesh.topology.outsider.ping(mesh.address('client', family), 4000);
-    const reasons = Object.keys(mesh.moved(before, mesh.client));
+    // A bridge floods frames for others whenever it has forgotten where they are.
+    const reasons = Object.keys(mesh.moved(before, mesh.client)).filter((key) => !key.endsWith(' pass_other_host'));
     expect(reasons.sort()).toEqual(['pod_egress pass_not_tcp', 'pod_ingress pass_not_tcp']);
   });
 });
