@@ -22,7 +22,9 @@ export async function neighbours(ground: Ground): Promise<void> {
     (JSON.parse(readFileSync(file, 'utf8')) as Conflist).plugins.some(({ type }) => type === 'ambient-redirect');
   const without = () => {
     const list = JSON.parse(readFileSync(path, 'utf8')) as Conflist;
-    return JSON.stringify({ ...list, plugins: list.plugins.filter(({ type }) => type !== 'ambient-redirect') });
+    const plugins = list.plugins.filter(({ type }) => type !== 'ambient-redirect');
+    // As it was written first: at the end it is compared with that.
+    return `${JSON.stringify({ ...list, plugins }, null, 2)}\n`;
   };
   const redirected = async (name: string) => {
     const fresh = await ground.run({ name, node: ONE, ...SERVER });

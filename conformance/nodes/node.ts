@@ -83,7 +83,10 @@ export class RealNode {
     this.#init = init;
     const uplink = `up-${number}`;
     const { node, node6 } = addressing(number);
-    must(['ip', 'link', 'add', uplink, 'type', 'veth', 'peer', 'name', 'uplink', 'netns', String(this.pid)]);
+    // A machine's own, which a reboot does not change: the other node would ask for the old one for seconds.
+    const mac = `02:00:ac:1f:00:0${number}`;
+    const peer = ['peer', 'name', 'uplink', 'address', mac, 'netns', String(this.pid)];
+    must(['ip', 'link', 'add', uplink, 'type', 'veth', ...peer]);
     must(['ip', 'link', 'set', uplink, 'up', 'master', 'fabric']);
     await this.run(['ip', 'link', 'set', 'uplink', 'up']);
     await this.run(['ip', 'address', 'add', `${node}/24`, 'dev', 'uplink']);

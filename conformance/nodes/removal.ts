@@ -36,7 +36,11 @@ const KEPT = /^file (\/etc\/ambient-config|\/run\/ambient-redirect(\/uninstalled
 
 /** Everything of a node that could be ours: files, pins, and the kernel's objects of the node and of its pods. */
 async function dump(node: RealNode): Promise<KernelState> {
-  const state = new Map(await kernelState([node.namespace], { pins: [node.path('/sys/fs/bpf')] }));
+  const state = new Map<string, string>();
+  for (const [key, value] of await kernelState([node.namespace], { pins: [node.path('/sys/fs/bpf')] })) {
+    // A reboot gives the node another first process, and the other end of its cable another index.
+    state.set(key.replace(`/proc/${node.pid}/root`, ''), value.replace(/"link_index":\d+,/, ''));
+  }
   for (const directory of DIRECTORIES) files(node, directory, state);
   for (const name of readdirSync(node.path('/run/netns'))) {
     const path = node.path(`/run/netns/${name}`);
