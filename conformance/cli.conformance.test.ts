@@ -67,7 +67,11 @@ test.each([
   ['nothing', [], /--plugin and --conf are needed/],
   ['an unknown rule', ['--rules', 'A99'], /no such rule: A99/],
   ['a file that is no JSON', ['--plugin', PLUGIN, '--conf', PLUGIN], /passthrough: .*JSON/],
-  ['a plugin that is not there', ['--plugin', '/proc/nonexistent', '--conf', 'x'], /\/proc\/nonexistent: no such executable/],
+  [
+    'a plugin that is not there',
+    ['--plugin', '/proc/nonexistent', '--conf', 'x'],
+    /\/proc\/nonexistent: no such executable/,
+  ],
 ])('%s: 2, and why', async (_what, args, message) => {
   const { status, stdout, stderr } = await run(...args);
   expect([status, stdout]).toEqual([2, '']);
