@@ -43,11 +43,14 @@ export function stepError(code: CniError['code'], step: string, error: unknown):
 
 /** Runs `body` holding the node's lock; kill -9 releases it. Throws CniError 103 when it stays held. */
 export function locked<T>(native: Native, runDir: string, body: () => T): T {
+  return holding(native, runDir, join(runDir, 'lock'), LOCK_TIMEOUT_MILLISECONDS, body);
+}
+
+function holding<T>(native: Native, runDir: string, path: string, timeout: number, body: () => T): T {
   let fd: number;
-  const path = join(runDir, 'lock');
   try {
     makePath(native, runDir, 0o700);
-    fd = native.lockFile(path, LOCK_TIMEOUT_MILLISECONDS);
+    fd = native.lockFile(path, timeout);
   } catch (error) {
     throw stepError(Code.STATE_FAILED, `lock ${path}`, error);
   }
@@ -87,19 +90,7 @@ export function enterBeside(native: Native, runDir: string): () => void {
 
 /** Runs `body` while nobody is in beside(). Throws CniError 103. */
 export function alone<T>(native: Native, runDir: string, body: () => T): T {
-  let fd: number;
-  const path = migrationLock(runDir);
-  try {
-    makePath(native, runDir, 0o700);
-    fd = native.lockFile(path, MIGRATION_TIMEOUT_MILLISECONDS);
-  } catch (error) {
-    throw stepError(Code.STATE_FAILED, `lock ${path}`, error);
-  }
-  try {
-    return body();
-  } finally {
-    native.close(fd);
-  }
+  return holding(native, runDir, migrationLock(runDir), MIGRATION_TIMEOUT_MILLISECONDS, body);
 }
 
 /**
