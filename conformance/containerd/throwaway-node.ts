@@ -15,8 +15,8 @@ const debianPlugins = '/usr/lib/cni';
 const patience = 20_000;
 const criSocket = '/run/containerd/containerd.sock';
 
-// restrict_oom_score_adj: runc cannot lower oom_score_adj where CAP_SYS_RESOURCE is missing.
-const containerdConfiguration = `version = 2
+/** /etc/containerd/config.toml. restrict_oom_score_adj: runc cannot lower oom_score_adj where CAP_SYS_RESOURCE is missing. */
+export const containerdConfiguration = `version = 2
 disabled_plugins = [
   "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.devmapper",
   "io.containerd.snapshotter.v1.zfs", "io.containerd.internal.v1.tracing", "io.containerd.tracing.processor.v1.otlp",
@@ -306,7 +306,8 @@ class PathNamespace extends Namespace {
   }
 }
 
-function removeCgroup(path: string): void {
+/** With those below it. */
+export function removeCgroup(path: string): void {
   for (const entry of readdirSync(path, { withFileTypes: true })) {
     if (entry.isDirectory()) removeCgroup(join(path, entry.name));
   }

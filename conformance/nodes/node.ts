@@ -4,9 +4,10 @@
 // disk is a directory, so that it can be rebooted: every process, network namespace, bpffs and /run goes, /etc, /opt and
 // /var stay.
 
-import { existsSync, readdirSync, readFileSync, rmdirSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { busyboxArchive, busyboxImage } from '../containerd/images.ts';
+import { busyboxArchive } from '../containerd/images.ts';
+import { containerdConfiguration, removeCgroup } from '../containerd/throwaway-node.ts';
 import { type ExecOptions, exec, must, Namespace, type Running, type Testbed, until } from '../netns.ts';
 import type { NodePrograms } from './build.ts';
 
@@ -324,30 +325,3 @@ export class RealNode {
 }
 
 export const DNS_SERVICE = '10.96.0.10';
-
-function removeCgroup(path: string): void {
-  for (const entry of readdirSync(path, { withFileTypes: true })) {
-    if (entry.isDirectory()) removeCgroup(join(path, entry.name));
-  }
-  rmdirSync(path);
-}
-
-// restrict_oom_score_adj: runc cannot lower oom_score_adj where CAP_SYS_RESOURCE is missing.
-const containerdConfiguration = `version = 2
-disabled_plugins = [
-  "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.devmapper",
-  "io.containerd.snapshotter.v1.zfs", "io.containerd.internal.v1.tracing", "io.containerd.tracing.processor.v1.otlp",
-]
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "${busyboxImage}"
-  restrict_oom_score_adj = true
-  disable_apparmor = true
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/opt/cni/bin"
-    conf_dir = "/etc/cni/net.d"
-    max_conf_num = 1
-  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
-    runtime_type = "io.containerd.runc.v2"
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
-      SystemdCgroup = false
-`;
