@@ -412,7 +412,14 @@ describe.each(hooks)('two addresses of each family, DNS captured, %s', (hook) =>
 
   test.each(families)('IPv%i: one that came later is reached through the proxy, and opens nothing', async (family) => {
     const late = family === 4 ? '10.88.0.202' : 'fd88::ca';
-    pod.netns.ip('address', 'add', `${late}/${family === 4 ? 32 : 128}`, 'dev', 'eth0', ...(family === 6 ? ['nodad'] : []));
+    pod.netns.ip(
+      'address',
+      'add',
+      `${late}/${family === 4 ? 32 : 128}`,
+      'dev',
+      'eth0',
+      ...(family === 6 ? ['nodad'] : []),
+    );
     mesh.topology.node.ip('route', 'add', late, 'dev', pod.hostIfname);
     const within = await mesh.connect('outsider', late);
     expect([within.seen, isDirect(within)]).toEqual([mesh.address('outsider', family), false]);
