@@ -259,10 +259,12 @@ describe.each(hooks)('policies, exclusions and fragments, %s', (hook) => {
   test.each(families)('IPv%i: reset: refused at once, both ways', async (family) => {
     const before = mesh.counters();
     expect(await mesh.refused('client', mesh.address('outsider', family))).toBe('ECONNREFUSED');
-    expect(await mesh.refused('outsider', mesh.address('client', family))).toBe('ECONNREFUSED');
+    for (const from of ['outsider', 'plain'] as const) {
+      expect(await mesh.refused(from, mesh.address('client', family)), from).toBe('ECONNREFUSED');
+    }
     const moved = mesh.moved(before, mesh.client);
     expect(moved['inpod_egress reset_no_listener']).toBe(1);
-    expect(moved['inpod_ingress reset_no_listener']).toBe(1);
+    expect(moved['inpod_ingress reset_no_listener']).toBe(2);
   });
 
   test.each(families)('IPv%i: open: direct, and it stays so when the proxy comes', async (family) => {
