@@ -141,6 +141,7 @@ async function ztunnelInPod(socket: string): Promise<void> {
     tokenFile: `${ACCOUNT}/token`,
   });
   let known: KnownWorkload[] = [];
+  let said = '';
   const learn = async () => {
     const { items } = await api.list('/api/v1/pods');
     known = (items as unknown as ApiPod[]).map(({ metadata, spec, status }) => ({
@@ -149,6 +150,9 @@ async function ztunnelInPod(socket: string): Promise<void> {
       serviceAccount: spec.serviceAccountName ?? 'default',
       addresses: (status.podIPs ?? []).map(({ ip }) => ip),
     }));
+    const addresses = known.flatMap((one) => one.addresses).sort();
+    if (addresses.join() !== said) say({ at: Date.now(), known: addresses });
+    said = addresses.join();
   };
   await learn();
   setInterval(() => learn().catch((error: unknown) => say({ failed: String(error) })), 250);
