@@ -59,6 +59,20 @@ export function sightings(cluster: Cluster): Sighting[] {
   );
 }
 
+/** What went wrong in the proxies between two moments, by their own words: "NODE: N x WHAT, ...". */
+export function troubles(cluster: Cluster, from: number, to: number): string {
+  const counts = new Map<string, number>();
+  for (const { name } of cluster.nodes) {
+    for (const { at, trouble } of proxyLines(cluster, name)) {
+      if (trouble === undefined || Number(at) < from || Number(at) > to) continue;
+      const what = `${name}: ${trouble}`;
+      counts.set(what, (counts.get(what) ?? 0) + 1);
+    }
+  }
+  const all = [...counts].map(([what, count]) => `${count} x ${what}`);
+  return all.length === 0 ? 'none' : all.slice(0, 12).join(', ');
+}
+
 /** The stand-in of the in-pod contract knows workloads from the API server, as ztunnel does: some time after kubelet. */
 function isKnown(cluster: Cluster, node: string, host: string): boolean {
   const [newest] = proxyLines(cluster, node)
