@@ -89,7 +89,7 @@ export async function quickStart(ground: Ground): Promise<void> {
     },
     'kubectl -n istio-system exec ': async (command) => {
       const said = await type(command);
-      if (!/\bpods\b/.test(said) || !said.includes('problems: none')) throw new Error(said);
+      if (!/^pods +[1-9]\d* enrolled/m.test(said) || !/^problems +none$/m.test(said)) throw new Error(said);
     },
     'helm uninstall ': async (command) => {
       await type(command);
