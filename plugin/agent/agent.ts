@@ -510,6 +510,7 @@ export class Agent {
       native,
       steps: this.steps,
       config: this.config,
+      periodMs: this.settings.reconcileSeconds * 1_000,
       onDrift: ({ kind, ...what }) => {
         metrics.drift.inc({ kind });
         log.error({ kind, ...what }, 'the kernel is not as recorded');
@@ -522,6 +523,14 @@ export class Agent {
       },
       onUnrepaired: (record, error) =>
         log.error({ pod: describePod(record), error: error.message }, 'could not be made again'),
+      isServed: (record) => {
+        const uid = this.registry.uidOf(hex(keyOf(native, record)));
+        return uid !== undefined && this.#zds?.isLive === true && this.#zds.answerOf(uid) === null;
+      },
+      serveAgain: async (record) => {
+        const uid = this.registry.uidOf(hex(keyOf(native, record)));
+        if (uid !== undefined) await this.#zds?.renew(uid, { deadlineMs: DEADLINE_MS });
+      },
       onTrouble: (error) => log.error({ error: error.message }, 'state and kernel could not be compared'),
     });
     truth.follow();
@@ -799,6 +808,10 @@ function podOf(record: AttachmentRecord): EnrolledPod {
     serviceAccount: record.serviceAccount,
     contract: record.contract,
   };
+}
+
+function keyOf(native: Native, { network, containerId, ifname }: AttachmentName): AttachmentKey {
+  return attachmentKey(native, network, containerId, ifname);
 }
 
 function enrolledOf({ uid, names }: Workload): EnrolledPod {

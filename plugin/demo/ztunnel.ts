@@ -175,6 +175,11 @@ export class StandInZtunnel {
     this.#exit(137);
   }
 
+  /** Closes the listeners in a pod and goes on as if they were there, as a ztunnel does whose tasks for it have ended. */
+  goDeaf(uid: string): void {
+    this.#pods.get(uid)?.proxy.stopListening();
+  }
+
   /** Closes the connection to the agent without more ado, and connects again. */
   dropConnection(): void {
     this.#connection?.close();
