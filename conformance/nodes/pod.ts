@@ -173,7 +173,12 @@ async function ztunnelInPod(socket: string): Promise<void> {
   };
   let ztunnel: StandInZtunnel | undefined;
   await learn();
-  setInterval(() => learn().catch((error: unknown) => say({ failed: String(error) })), 250);
+  // The next look when the last one has ended: on a busy machine they would pile up.
+  const follow = () =>
+    learn()
+      .catch((error: unknown) => say({ failed: String(error) }))
+      .finally(() => setTimeout(follow, 250));
+  void follow();
   const started = StandInZtunnel.start(loadNative() as never, {
     socket,
     xds: () => known,

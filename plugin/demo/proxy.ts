@@ -42,6 +42,8 @@ export interface SeenConnection {
 const CONNECT_TIMEOUT_MS = 5_000;
 /** How long ztunnel waits for XDS to name the workload of a connection that it has accepted. */
 const UNKNOWN_WORKLOAD_MS = 5_000;
+/** For a CONNECT and its answer: the process at the other end may be late on a busy machine. */
+const PREAMBLE_TIMEOUT_MS = 30_000;
 const PREAMBLE_LIMIT = 1_024;
 const BACKLOG = 128;
 const LISTENERS: readonly ListenerName[] = ['outbound', 'inboundPlaintext', 'inboundHBONE'];
@@ -243,7 +245,7 @@ function readPreamble(socket: Socket): Promise<string> {
       if (error) reject(error);
       else resolve(text);
     };
-    const timer = setTimeout(() => finish(new Error('no preamble in time')), CONNECT_TIMEOUT_MS);
+    const timer = setTimeout(() => finish(new Error('no preamble in time')), PREAMBLE_TIMEOUT_MS);
     const ended = () => finish(new Error('closed within the preamble'));
     const read = () => {
       for (let chunk = socket.read(); chunk !== null; chunk = socket.read()) {
