@@ -34,7 +34,15 @@ import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.t
 import { countPending, listPending, type PendingPod, removePending } from '../pending.ts';
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
 import { type PodIdentity, podIdentity } from '../redirect/enrolment.ts';
-import { enterBeside, hasCode, isNativeError, kernelReason, openState, supersededBy } from '../state.ts';
+import {
+  assertVariantInUse,
+  enterBeside,
+  hasCode,
+  isNativeError,
+  kernelReason,
+  openState,
+  supersededBy,
+} from '../state.ts';
 import { StepQueue } from '../steps.ts';
 import { ZdsError, ZdsServer } from '../zds/server.ts';
 import { type CgroupFinding, cgroupOf, isGone } from './cgroups.ts';
@@ -123,6 +131,7 @@ export class Agent {
     this.log = log;
     this.readiness.add('state', () => (this.#compared ? null : 'state and kernel have not been compared yet'));
     this.readiness.add('build', () => this.#superseded());
+    this.readiness.add('variant', () => this.#otherVariant());
     this.readiness.add('zds', () => (this.#zds === undefined ? `${settings.zdsSocket} is not served yet` : null));
   }
 
@@ -361,6 +370,18 @@ export class Agent {
       return this.#withState((state) => supersededBy(this.native, state, this.settings.stateDir)) ?? null;
     } catch (error) {
       return messageOf(error);
+    }
+  }
+
+  /** No pod can be enrolled with what the entry says. */
+  #otherVariant(): string | null {
+    // Where nobody has said what the plugin's entry is, it is not known to differ.
+    if (this.settings.conf === undefined && rememberedInstall(this.settings.runDir) === undefined) return null;
+    try {
+      assertVariantInUse(this.native, this.config);
+      return null;
+    } catch (error) {
+      return error instanceof CniError ? `${error.msg}: ${error.details}` : messageOf(error);
     }
   }
 
