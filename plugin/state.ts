@@ -253,7 +253,7 @@ function assertSameMarks(settings: StateSettings, config: RedirectConfig): void 
  * and locks, which no program can replace in place. Throws CniError 7.
  */
 function assertSameVariant(native: Native, settings: StateSettings, { variant, stateDir }: RedirectConfig): void {
-  if (settings.variant === variantBits(native, variant)) return;
+  if (variant === null || settings.variant === variantBits(native, variant)) return;
   const present = VARIANTS.find((one) => variantBits(native, one) === settings.variant) ?? settings.variant;
   const details =
     `variant = "${variant}": the state in ${stateDir} was made with "${present}", which its pods keep while they run; ` +
@@ -274,7 +274,7 @@ export function assertVariantInUse(native: Native, config: RedirectConfig): void
 
 /** VARIANT_* of bpf/redirect.h. */
 function variantBits(native: Native, variant: RedirectConfig['variant']): number {
-  if (variant === 'auto') return 0;
+  if (variant === null || variant === 'auto') return 0;
   const name = `VARIANT_${variant.toUpperCase().replaceAll('-', '_')}`;
   const bit = native.flags[name];
   if (bit === undefined) throw new CniError(Code.INTERNAL, `the addon knows no ${name}`);

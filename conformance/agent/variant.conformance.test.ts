@@ -36,6 +36,11 @@ test('ADD, install and the agent refuse another variant, and pods that run are r
     details: expect.stringMatching(details),
   });
   await topology.checkOurs(there);
+  // Where nobody says which, it is that of the state.
+  const byHand = await node.exec(
+    [executable, 'enroll', '--netns', later.netns.path].concat('--state-dir', stateDir, '--run-dir', runDir),
+  );
+  expect(byHand, byHand.stderr).toMatchObject({ status: 0 });
 
   const base = testbed.directory('node');
   const [netDir, binDir, conf] = [join(base, 'net.d'), join(base, 'bin'), join(base, 'entry.json')];
@@ -61,7 +66,7 @@ test('ADD, install and the agent refuse another variant, and pods that run are r
   const native = loadNative();
   const state = native.openState(stateDir);
   testbed.defer(() => native.closeState(state));
-  const [found] = native.listAttachments(state);
+  const found = native.listAttachments(state).find(({ record }) => record.podName === 'there');
   if (found === undefined) throw new Error('nothing is recorded');
   const pin = linkPin(stateDir, found.key, 'pod_egress');
   rmSync(pin);

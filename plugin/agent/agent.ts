@@ -375,8 +375,6 @@ export class Agent {
 
   /** No pod can be enrolled with what the entry says. */
   #otherVariant(): string | null {
-    // Where nobody has said what the plugin's entry is, it is not known to differ.
-    if (this.settings.conf === undefined && rememberedInstall(this.settings.runDir) === undefined) return null;
     try {
       assertVariantInUse(this.native, this.config);
       return null;

@@ -29,7 +29,8 @@ export interface RedirectConfig {
   directFlowsPerPod: number;
   hook: 'auto' | 'tcx' | 'clsact';
   order: 'first' | 'last';
-  variant: Variant;
+  /** null: nobody has said; that of the state, and auto for a new one */
+  variant: Variant | null;
   /** 32-bit values, compared whole, never 0, all different */
   marks: Marks;
   stateDir: string;
