@@ -14,6 +14,7 @@ import type {
   AttachmentRecord,
   EndpointRecord,
   HookRecord,
+  Link,
   LocalRoute,
   Mac,
   Native,
@@ -38,7 +39,7 @@ import {
   ROUTE_TABLE,
   RULE_PRIORITY,
 } from './redirect/plan.ts';
-import { openSandbox, readFacts, requirePeer } from './sandbox.ts';
+import { openSandbox, readFacts, requireLink, requirePeer, type Sandbox } from './sandbox.ts';
 import {
   type Directories,
   ensurePrograms,
@@ -132,31 +133,46 @@ interface Attachment {
   undo: (() => void)[];
 }
 
-/** Throws CniError; nothing is left then. Doing it again for the same key replaces what is there. */
-export function attach(native: Native, config: RedirectConfig, target: Target): AttachmentRecord {
-  return runHere(attachSteps(native, config, target));
+/**
+ * Throws CniError; nothing is left then. Doing it again for the same key replaces what is there. `sandbox`: what the
+ * caller has open and has just read is not opened and read again.
+ */
+export function attach(native: Native, config: RedirectConfig, target: Target, sandbox?: Sandbox): AttachmentRecord {
+  return runHere(attachSteps(native, config, target, sandbox));
 }
 
 /** What attach() does. Others may change the state between two of the steps, as an ADD beside this process may. */
-export function* attachSteps(native: Native, config: RedirectConfig, target: Target): Steps<AttachmentRecord> {
+export function* attachSteps(
+  native: Native,
+  config: RedirectConfig,
+  target: Target,
+  sandbox?: Sandbox,
+): Steps<AttachmentRecord> {
   const leave = enterBeside(native, config.runDir);
   try {
-    return yield* attachBeside(native, config, target);
+    return yield* attachBeside(native, config, target, sandbox);
   } finally {
     leave();
   }
 }
 
-function* attachBeside(native: Native, config: RedirectConfig, target: Target): Steps<AttachmentRecord> {
-  const netns = openSandbox(native, target.netnsPath);
+function* attachBeside(
+  native: Native,
+  config: RedirectConfig,
+  target: Target,
+  sandbox: Sandbox | undefined,
+): Steps<AttachmentRecord> {
+  const netns = sandbox?.netns ?? openSandbox(native, target.netnsPath);
   let state: State | undefined;
   try {
     // In the in-pod contract the proxy's own pod is one like those that are not enrolled.
     if (target.role === 'none' || (target.role === 'proxy' && config.proxy.contract === 'in-pod')) {
       state = ensureState(native, config);
-      return yield* recordOnly(native, config, state, target, netns);
+      return yield* recordOnly(native, config, state, target, netns, sandbox?.pod);
     }
-    const facts = readFacts(native, netns, target.netnsPath, target.ifname, target.shaped);
+    const { netnsPath, ifname } = target;
+    const pod = sandbox?.pod ?? requireLink(native, netns, netnsPath, ifname);
+    const facts = readFacts(native, { netns, pod }, netnsPath, ifname, target.shaped);
     const plan = planFor(native, config, target, facts);
     state = ensureState(native, config, target.asRecorded === true);
     const superseded = target.resident === true ? supersededBy(native, state, config.stateDir) : null;
@@ -195,7 +211,7 @@ function* attachBeside(native: Native, config: RedirectConfig, target: Target): 
     throw stepError(Code.ATTACH_FAILED, `attach to ${target.ifname} in ${target.netnsPath}`, error);
   } finally {
     if (state !== undefined) native.closeState(state);
-    native.close(netns);
+    if (sandbox === undefined) native.close(netns);
   }
 }
 
@@ -286,12 +302,13 @@ function* recordOnly(
   state: State,
   target: Target,
   netns: number,
+  pod: Link | undefined,
 ): Steps<AttachmentRecord> {
   const old = native.getAttachment(state, target.key);
   if (old !== null && old.state !== 'recorded') {
     yield* detachRecordSteps(native, config, state, target.key, old, () => notEnrolled(old));
   }
-  const link = native.linkByName(netns, target.ifname);
+  const link = pod ?? native.linkByName(netns, target.ifname);
   const hostIfindex = link?.kind === 'veth' ? link.peerIfindex : 0;
   removeDeadProxies(native, state, config.runDir);
   forgetPredecessors(native, config, state, target, hostIfindex);
