@@ -174,7 +174,7 @@ function* attachBeside(
     const pod = sandbox?.pod ?? requireLink(native, netns, netnsPath, ifname);
     const facts = readFacts(native, { netns, pod }, netnsPath, ifname, target.shaped);
     const plan = planFor(native, config, target, facts);
-    state = ensureState(native, config);
+    state = ensureState(native, config, target.asRecorded === true);
     const superseded = target.resident === true ? supersededBy(native, state, config.stateDir) : null;
     if (superseded !== null) throw new CniError(Code.TRY_AGAIN_LATER, 'another build has taken over', superseded);
     const programTag = ensurePrograms(native, state, config);

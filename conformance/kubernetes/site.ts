@@ -320,7 +320,8 @@ print(answer.status); print(answer.read().decode())`;
 
   /** Value of a metric with exactly these labels; 0 if it is not there. */
   async metric(name: string, labels: Record<string, string> = {}): Promise<number> {
-    const { body } = await this.page('15014/metrics');
+    const { status, body } = await this.page('15014/metrics');
+    if (status !== 200) throw new Error(`/metrics: ${status}: ${body}`);
     const text = Object.entries(labels)
       .map(([key, value]) => `${key}="${value}"`)
       .join(',');

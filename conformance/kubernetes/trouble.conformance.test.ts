@@ -341,11 +341,13 @@ describe.runIf(missingControlPlane() === undefined)('trouble with kube-apiserver
   });
 
   test('the state is removed and made anew beside the agent, as by uninstall and install', async () => {
-    site.startAgent({ reconcileSeconds: 1 });
+    // It is not the next period that notices.
+    site.startAgent({ reconcileSeconds: 3_600 });
     const web = await enrolled('web');
     await site.untilReady();
     await site.process(web);
     rmSync(site.topology.stateDir, { recursive: true });
+    await until('it is noticed', () => site.log().some(({ msg }) => /^the state was removed/.test(String(msg))));
     await enrolled('later');
     const rows = async () =>
       (await site.attachments()).map(({ name, role: what, state }) => `${name} ${what} ${state}`);

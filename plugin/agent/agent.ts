@@ -20,8 +20,17 @@
 // from it, so that a restart loses nothing: it takes the lock, reads the state, and only then listens for ztunnel.
 
 import { EventEmitter } from 'node:events';
-import { ftruncateSync, mkdirSync, readFileSync, statSync, writeSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+import {
+  existsSync,
+  type FSWatcher,
+  ftruncateSync,
+  mkdirSync,
+  readFileSync,
+  statSync,
+  watch,
+  writeSync,
+} from 'node:fs';
+import { basename, dirname, join } from 'node:path';
 import type { AttachBody, AttachmentName, Decision } from '../agent-client.ts';
 import { attachmentKey, hex } from '../attachments.ts';
 import { CniError, Code } from '../cni/errors.ts';
@@ -34,7 +43,15 @@ import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.t
 import { countPending, listPending, type PendingPod, removePending } from '../pending.ts';
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
 import { type PodIdentity, podIdentity } from '../redirect/enrolment.ts';
-import { enterBeside, hasCode, isNativeError, kernelReason, openState, supersededBy } from '../state.ts';
+import {
+  assertVariantInUse,
+  enterBeside,
+  hasCode,
+  isNativeError,
+  kernelReason,
+  openState,
+  supersededBy,
+} from '../state.ts';
 import { StepQueue } from '../steps.ts';
 import { ZdsError, ZdsServer } from '../zds/server.ts';
 import { type CgroupFinding, cgroupOf, isGone } from './cgroups.ts';
@@ -123,6 +140,7 @@ export class Agent {
     this.log = log;
     this.readiness.add('state', () => (this.#compared ? null : 'state and kernel have not been compared yet'));
     this.readiness.add('build', () => this.#superseded());
+    this.readiness.add('variant', () => this.#otherVariant());
     this.readiness.add('zds', () => (this.#zds === undefined ? `${settings.zdsSocket} is not served yet` : null));
   }
 
@@ -157,6 +175,7 @@ export class Agent {
   async stop(): Promise<void> {
     this.#stopped = true;
     clearTimeout(this.#timer);
+    this.#watched?.watcher.close();
     this.#zds?.close();
     await this.#truth?.stop();
     await this.#reconciling;
@@ -364,6 +383,16 @@ export class Agent {
     }
   }
 
+  /** No pod can be enrolled with what the entry says. */
+  #otherVariant(): string | null {
+    try {
+      assertVariantInUse(this.native, this.config);
+      return null;
+    } catch (error) {
+      return error instanceof CniError ? `${error.msg}: ${error.details}` : messageOf(error);
+    }
+  }
+
   /** What `install` does too: a node may get a new agent without it, and it may have been cut short. */
   #migrate(): void {
     // Where nobody has said what the plugin's entry is, the room that there is stays.
@@ -425,8 +454,35 @@ export class Agent {
     return before !== undefined && sign !== before && !isUninstalled(this.settings.runDir);
   }
 
+  #watched: { watcher: FSWatcher; parent: string } | undefined;
+
+  /**
+   * Links end with their last pin: whoever removes the state directory is noticed at once, and not within a period. The
+   * bpffs that it is in may be mounted later, or anew.
+   */
+  #watchState(): void {
+    const { stateDir } = this.settings;
+    const found = statSync(dirname(stateDir), { bigint: true, throwIfNoEntry: false });
+    const parent = found === undefined ? '' : `${found.dev} ${found.ino}`;
+    if (this.#watched?.parent === parent) return;
+    this.#watched?.watcher.close();
+    this.#watched = undefined;
+    if (found === undefined) return;
+    try {
+      const watcher = watch(dirname(stateDir), { persistent: false }, (_, name) => {
+        if (name === basename(stateDir) && !existsSync(stateDir)) void this.reconcile('state');
+      });
+      watcher.on('error', () => watcher.close());
+      this.#watched = { watcher, parent };
+    } catch (error) {
+      // Most likely the node has no inotify watch left: then it is noticed within a period.
+      this.log.warn({ stateDir, error: messageOf(error) }, 'the state directory cannot be watched');
+    }
+  }
+
   async #reconcile(): Promise<void> {
     if (this.#stopped) return;
+    this.#watchState();
     if (this.#isStateLost()) {
       this.metrics.drift.inc({ kind: 'state' });
       const { stateDir } = this.settings;
