@@ -315,8 +315,6 @@ static __always_inline int resolver_listens(struct __sk_buff *skb, const struct 
 
 	if (!self->dns)
 		return 0;
-	if (p->protocol == IPPROTO_TCP)
-		return proxy_listens(skb, p, self->dns);
 	if (p->family == 4) {
 		t.ipv4.daddr = bpf_htonl(0x7f000001);
 		t.ipv4.dport = bpf_htons(self->dns);
@@ -411,11 +409,14 @@ static __always_inline int inpod_unconnected(const struct run *r, struct packet 
 	int connected;
 
 	if (!own) {
-		/* An address that only the pod knows of (a VIP, SLAAC) may answer, on a flow that began towards it here. */
-		if (!own_flow(r, &from_proxy) && !is_direct(r->ifindex, &p->tuple))
-			return drop(r, REASON_DROP_SPOOFED_SOURCE);
-		if (has_connection(skb, p, BPF_F_CURRENT_NETNS))
+		/*
+		 * An address that only the pod knows of (a VIP, SLAAC) answers the proxy, whose end of the connection has the
+		 * caller's address; or somebody else, on a flow that was let go direct.
+		 */
+		if (!is_own(r, p->tuple.destination) && has_connection(skb, p, BPF_F_CURRENT_NETNS))
 			return loop(r, self, REASON_TO_PROXY_ESTABLISHED);
+		if (!is_direct(r->ifindex, &p->tuple))
+			return drop(r, REASON_DROP_SPOOFED_SOURCE);
 	}
 	if (side == DNS) {
 		socket = p->socket;

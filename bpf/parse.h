@@ -137,7 +137,7 @@ static __always_inline int copy_words2(struct __sk_buff *skb, __u32 offset, __u1
 	return 0;
 }
 
-/* The first 14 bytes of a TCP header: ports, sequence numbers, flags. */
+/* A TCP header as far as the flags; 16 bytes of it have to be there, by alignment. */
 struct tcp_start {
 	__be16 source;
 	__be16 dest;

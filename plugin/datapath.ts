@@ -128,6 +128,8 @@ interface Attachment {
   record: AttachmentRecord;
   /** the same kernel objects are recorded: they are changed where they are */
   previous: AttachmentRecord | null;
+  /** recorded if it fails; null: nothing is */
+  fallback: AttachmentRecord | null;
   undo: (() => void)[];
 }
 
@@ -180,7 +182,8 @@ function* attachBeside(
     removeDeadProxies(native, state, config.runDir);
     const id = facts.host?.ifindex ?? interfaceIdOfKey(native, state, target.key);
     const previous = sameAttachment(native, config, state, target, facts);
-    if (previous === null) yield* removeOld(native, config, state, target, id);
+    let fallback = previous;
+    if (previous === null) fallback = yield* removeOld(native, config, state, target, id);
     else keepNature(native, target, plan, previous);
     // What the record says is put back by DEL, so it is written before the change.
     const ownFlags = settingFlags(native, config, target, netns, facts, plan, previous);
@@ -200,6 +203,7 @@ function* attachBeside(
         ...(previous !== null && { hooks: previous.hooks, enrolledAt: previous.enrolledAt }),
       },
       previous,
+      fallback,
       undo: [],
     };
     return yield* attachAll(attachment);
@@ -245,10 +249,10 @@ function settingFlags(
 function* attachAll(attachment: Attachment): Steps<AttachmentRecord> {
   const { native, state, target, record, plan, undo } = attachment;
   try {
-    const { previous } = attachment;
+    const { previous, fallback } = attachment;
     writeRecord(attachment, 'attaching');
-    if (previous === null) undo.push(() => native.deleteAttachment(state, target.key));
-    else undo.push(() => native.putAttachment(state, target.key, previous));
+    if (fallback === null) undo.push(() => native.deleteAttachment(state, target.key));
+    else undo.push(() => putUnlessDeleted(native, state, target.key, fallback));
     if (isLooping(record)) addRouting(attachment);
     if ((record.flags & (native.flags.INTERFACE_TPROXY ?? 0)) !== 0) {
       undo.push(() => deleteTproxy(attachment.netns));
@@ -301,7 +305,9 @@ function* recordOnly(
   pod: Link | undefined,
 ): Steps<AttachmentRecord> {
   const old = native.getAttachment(state, target.key);
-  if (old !== null && old.state !== 'recorded') yield* detachRecordSteps(native, config, state, target.key, old);
+  if (old !== null && old.state !== 'recorded') {
+    yield* detachRecordSteps(native, config, state, target.key, old, () => notEnrolled(old));
+  }
   const link = pod ?? native.linkByName(netns, target.ifname);
   const hostIfindex = link?.kind === 'veth' ? link.peerIfindex : 0;
   removeDeadProxies(native, state, config.runDir);
@@ -384,12 +390,22 @@ function keepNature(native: Native, target: Target, plan: AttachPlan, previous: 
   if (plan.interface !== null) plan.interface.flags = plan.flags & ~recordedOnly(native);
 }
 
-/** What an earlier ADD of this key, or of a pod whose host-side index this one has now, left. */
-function* removeOld(native: Native, config: RedirectConfig, state: State, target: Target, id: number): Steps<void> {
+/**
+ * What an earlier ADD of this key, or of a pod whose host-side index this one has now, left. Returns what is to be
+ * recorded if the pod cannot be attached to: an ADD that fails leaves nothing, a pod that runs already is as it was.
+ */
+function* removeOld(
+  native: Native,
+  config: RedirectConfig,
+  state: State,
+  target: Target,
+  id: number,
+): Steps<AttachmentRecord | null> {
   const old = native.getAttachment(state, target.key);
-  if (old !== null) yield* detachRecordSteps(native, config, state, target.key, old);
+  if (old !== null) yield* detachRecordSteps(native, config, state, target.key, old, () => notEnrolled(old));
   else removePins(native, config.stateDir, target.key);
   detachHolders(native, config, state, id);
+  return old !== null && !target.strict ? notEnrolled(old) : null;
 }
 
 // ---- steps of attach ---------------------------------------------------------------------------------------------
@@ -908,13 +924,22 @@ export function detachRecord(
   runHere(detachRecordSteps(native, dirs, state, key, record));
 }
 
-/** What detachRecord() does. */
+/** Of a pod that runs and has no programs. */
+export function notEnrolled(record: AttachmentRecord): AttachmentRecord {
+  return { ...record, state: 'recorded', role: 'none', flags: 0, hooks: [], programTag: '' };
+}
+
+/**
+ * What detachRecord() does. `after`: what is to be recorded then, null for nothing. Where the pod goes on, a record is
+ * there at each moment: only its ADD can tell who it is, and is not repeated.
+ */
 export function* detachRecordSteps(
   native: Native,
   dirs: Directories,
   state: State,
   key: AttachmentKey,
   record: AttachmentRecord,
+  after: () => AttachmentRecord | null = () => null,
 ): Steps<void> {
   // Nothing is sent to a proxy that is about to lose its program.
   if (record.role === 'proxy') removeProxy(native, state, dirs.runDir, key);
@@ -931,7 +956,14 @@ export function* detachRecordSteps(
   removePins(native, dirs.stateDir, key);
   if (record.role === 'pod') removeEntries(native, state, record);
   if (record.role === 'proxy') forgetCounters(native, state, record.hostIfindex);
-  native.deleteAttachment(state, key);
+  const left = after();
+  if (left === null) native.deleteAttachment(state, key);
+  else putUnlessDeleted(native, state, key, left);
+}
+
+/** Its DEL may have run meanwhile: a record that it removed does not come back. */
+function putUnlessDeleted(native: Native, state: State, key: AttachmentKey, record: AttachmentRecord): void {
+  if (native.getAttachment(state, key) !== null) native.putAttachment(state, key, record);
 }
 
 /** Does its namespace have our rule and route? */

@@ -124,6 +124,43 @@ describe.each(families)('IPv%i: 16 flows of a pod', (family) => {
   });
 });
 
+describe('no memory for another set', () => {
+  let node: Node;
+  let datapath: Datapath;
+  beforeAll(async () => {
+    node = await Node.open();
+    datapath = new Datapath(node, new Set(), [], 'full', WAYS);
+    datapath.reset();
+  });
+  afterAll(() => node?.close());
+
+  test('what would go direct is dropped, and goes when there is room', async () => {
+    const { directory, tag, state } = datapath;
+    const outside = { address: addresses[4].outside, port: 80 };
+    const capacity = native.mapUsage(state).find(({ map }) => map === 'direct')?.capacity ?? 0;
+    const other = 1_000_000;
+    const fd = native.openProgram(join(directory, 'programs', tag, 'direct_import'));
+    try {
+      const flow = (sourcePort: number) => ({
+        source: mapped(addresses[4].pod),
+        sourcePort,
+        destination: mapped(outside.address),
+        destinationPort: outside.port,
+      });
+      // One set each.
+      for (let id = other; id < other + capacity; id++) expect(native.importDirectFlow(fd, id, flow(1))).toBe(true);
+      expect(() => native.importDirectFlow(fd, other + capacity, flow(1))).toThrow('ENOMEM');
+    } finally {
+      native.close(fd);
+    }
+    datapath.enrol({ flags: DRAINING });
+    const syn = tcpFrame(fromPod, { address: addresses[4].pod, port: 1 }, outside, { flags: SYN });
+    await datapath.check('pod_egress', syn, drop('drop_redirect_failed'));
+    native.deleteDirectFlows(state, other);
+    await datapath.check('pod_egress', syn, pass('pass_draining'));
+  });
+});
+
 describe('two CPUs and one set', () => {
   let node: Node;
   let datapath: Datapath;

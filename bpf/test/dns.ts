@@ -21,6 +21,7 @@ import {
   DEAD,
   DEAF,
   DNS,
+  DNS_OF,
   drop,
   families,
   fromPod,
@@ -81,6 +82,18 @@ export function dns(datapath: () => Datapath): void {
       capture();
       await egress(ask(client(), { ...resolver, port: PORT + 1 }), notTcp);
       await egress(frame(fromPod, { ...client(), port: PORT }, { ...resolver, port: 5353 }, message(1)), notTcp);
+    });
+
+    test('a listener of the other family alone: dropped', async () => {
+      capture();
+      datapath().proxies([resolving({ ports: { dns: DNS_OF[family === 4 ? 6 : 4] } })]);
+      await egress(ask(client()), drop('drop_no_listener'));
+      datapath().proxies([resolving({ ports: { dns: DNS_OF[family] } })]);
+      const from = client();
+      await egress(ask(from), {
+        ...captured(from, resolver, 7),
+        frame: frame(signed(), from, { ...resolver, port: DNS_OF[family] }, message(7)),
+      });
     });
 
     test('draining, excluded or spoofed: not captured', async () => {

@@ -7,8 +7,9 @@ import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import type { Namespace } from '../../conformance/netns.ts';
 import { until } from '../../conformance/netns.ts';
 import type { Direction, ProgramName } from '../../plugin/native.ts';
-import { ACK, type End, ETH_P_IP, ETH_P_IPV6, ethernetFrame, tcpFrame, type Wire } from './frames.ts';
-import { APP, addresses, Datapath, families, GATEWAY_MAC, HTTP, Node, OLD_MAC, POD_MAC, SIGN } from './node.ts';
+import { ACK, type End, ETH_P_IP, ETH_P_IPV6, ethernetFrame, RST, tcpFrame, type Wire } from './frames.ts';
+import { refusal } from './gso.ts';
+import { APP, addresses, Datapath, DEAF, families, GATEWAY_MAC, HTTP, Node, OLD_MAC, POD_MAC, SIGN } from './node.ts';
 import { tagged } from './parse-cases.ts';
 
 const seen = new Set<string>();
@@ -137,6 +138,29 @@ describe.each(families)('at the hooks, IPv%i', (family) => {
     expect(counted('pod_ingress', 'pass_host_socket')).toBeGreaterThan(before[0] ?? 0n);
     expect(counted('pod_egress', 'pass_host_socket')).toBeGreaterThan(before[1] ?? 0n);
   });
+
+  test.each(['plainly', 'behind options'])(
+    'closedAction reset: a segment that is still to be cut, %s, is answered by one RST that is not',
+    async (how) => {
+      const [client, server] = [pod(), { address: its.outsideSilent, port: HTTP }];
+      datapath.enrol({ flags: ['STRICT', 'CLOSED_RESET'] });
+      // A flow of a proxy that died since without a word.
+      await datapath.run('pod_egress', tcpFrame(fromPodToNode(), client, server));
+      datapath.proxies([datapath.old({ ports: { outbound: DEAF } })]);
+      const before = counted('pod_egress', 'reset_no_listener');
+      expect(refusal(node.namespaces.pod, 'eth0', fromPodToNode(), client, server, how !== 'plainly')).toEqual({
+        kind: 0,
+        frame: tcpFrame(
+          { source: fromPodToNode().destination, destination: POD_MAC },
+          server,
+          client,
+          { flags: RST, seq: 0x01020304, ack: 0, window: 0 },
+          { id: 0, dontFragment: true },
+        ).toString('hex'),
+      });
+      expect(counted('pod_egress', 'reset_no_listener') - before).toBe(1n);
+    },
+  );
 
   test('a segment of a connection that the proxy has reaches its socket', async () => {
     const { client, server } = await node.connect(node.far, its.pod, its.outsideAtOld, HTTP);

@@ -23,6 +23,8 @@ export const PORTS = { outbound: 15001, inboundPlaintext: 15006, inboundHBONE: 1
 /** A listener without the proxy's mark, and a port that nobody listens on. */
 export const UNMARKED = 16001;
 export const DEAF = 16999;
+/** The proxy's DNS listener of one family alone. */
+export const DNS_OF = { 4: 15054, 6: 15056 } as const;
 export const APP = 8080;
 export const SIGN_PROBE = 10;
 
@@ -110,6 +112,7 @@ export class InPodNode {
         ...[APP, UNMARKED].map((port) => node.endpoint.listen(port)),
         node.endpoint.serveUDP(dns, PROXY_MARK),
         node.endpoint.serveUDP(UNMARKED),
+        ...families.map((family) => node.endpoint.serveUDP(DNS_OF[family], PROXY_MARK, [family])),
         node.peer.listen(APP),
       ]);
       return node;

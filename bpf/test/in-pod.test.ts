@@ -48,7 +48,7 @@ describe('whose stub it is', () => {
 /** In the source of a function that the program calls, but out of this program's reach, or of this suite's. */
 const UNREACHABLE: Record<string, Record<string, string>> = {
   inpod_egress: {
-    pass_bypass: 'a packet without a socket, which a test run’s has: conformance/e2e/reset',
+    pass_bypass: 'a packet without a socket, which a test run’s has: in-pod-hooks.test.ts',
   },
   inpod_sign: { drop_redirect_failed: 'the bytes that are written have been read before' },
 };

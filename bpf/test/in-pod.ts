@@ -34,6 +34,7 @@ import {
   APP,
   its as addresses,
   DEAF,
+  DNS_OF,
   ELSEWHERE_MAC,
   type Enrolment,
   GATEWAY_MAC,
@@ -330,6 +331,21 @@ export function inPod(datapath: () => InPodDatapath): void {
         await egress(fromPod({ flags: SYN | ACK }, client, { ...vip, port: 2 }), drop('drop_spoofed_source'));
       });
 
+      test('an address that only the pod knows of answers the proxy’s end of a connection, and nobody else', async () => {
+        const { node, state } = datapath();
+        const client = mine(its.second);
+        const vip = { address: taken, port: APP };
+        await node.endpoint.connect(taken, APP, { source: client.address, sourcePort: client.port });
+        // The client's address is the pod's own: no proxy speaks from that.
+        await egress(fromPod({ flags: ACK }, client, vip), drop('drop_spoofed_source'));
+        node.native.deleteEndpoint(state, mapped(client.address));
+        for (const flags of [ACK, SYN | ACK]) {
+          await egress(fromPod({ flags }, client, vip), looped('to_proxy_established'));
+        }
+        await egress(fromPod({ flags: ACK }, mine(its.second), vip), drop('drop_spoofed_source'));
+        await egress(fromPod({}, client, vip), drop('drop_spoofed_source'));
+      });
+
       test('the ACK of a SYN cookie is looped, any other is not', async () => {
         const { node, state } = datapath();
         // As if the pod had the address from which the listener that makes the cookie is asked.
@@ -440,6 +456,11 @@ export function inPod(datapath: () => InPodDatapath): void {
         ] as [string, Enrolment, Outcome][])('%s', async (_, enrolment, outcome) => {
           capture(enrolment);
           await egress(ask(mine()), outcome);
+        });
+
+        test('a listener of the other family alone', async () => {
+          capture({ ports: { dns: DNS_OF[family === 4 ? 6 : 4] } });
+          await egress(ask(mine()), drop('drop_no_listener'));
         });
 
         test('excluded or spoofed', async () => {
@@ -738,6 +759,16 @@ export function inPod(datapath: () => InPodDatapath): void {
         await ingress(toPod({}, within, { address: '128.0.0.1', port: 1 }), pass('redirected_inbound', 0));
         await ingress(toPod({}, within, { address: '126.0.0.1', port: 1 }), pass('redirected_inbound', 0));
       });
+
+      if (family === 6) {
+        test('to ::1: left to the stack, which takes it on lo alone', () =>
+          ingress(toPod({}, within, undefined, { address: '::1', port: APP }), pass('redirected_inbound', 0)));
+        test('an ICMP error about what was sent to the pod is not from the pod', () =>
+          ingress(
+            ipFrame(within, icmp(outside, pod, ipPacket(outside, pod, IPPROTO_TCP, tcpSegment(web, mine())))),
+            pass('pass_not_tcp', 0),
+          ));
+      }
 
       describe('probes', () => {
         test('by the sign, and their answers; there is none where there is no host side', async () => {

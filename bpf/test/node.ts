@@ -104,6 +104,10 @@ export const PLAINTEXT = 15006;
 export const HBONE = 15008;
 export const DNS = 15053;
 export const DEAF = 16999;
+/** The old proxy's outbound listener takes what comes from the far side for this port. */
+export const TAKEN = 4244;
+/** The old proxy's DNS listener of one family alone. */
+export const DNS_OF = { 4: 15054, 6: 15056 } as const;
 
 const DIRECT_FLOWS = 1024;
 
@@ -271,6 +275,17 @@ export class Node {
       route(far, outsideAtNew, gateway[1]);
     }
 
+    must(
+      old.argv(['nft', '-f', '-']),
+      `table inet taken {
+        chain prerouting {
+          type filter hook prerouting priority mangle;
+          meta nfproto ipv4 tcp dport ${TAKEN} tproxy ip to :${OUTBOUND} accept
+          meta nfproto ipv6 tcp dport ${TAKEN} tproxy ip6 to :${OUTBOUND} accept
+        }
+      }`,
+    );
+
     const endpoint = (label: keyof Node['namespaces']) => new Endpoint(testbed, this.namespaces[label], label);
     this.far = endpoint('far');
     this.old = endpoint('old');
@@ -289,8 +304,12 @@ export class Node {
       const node = new Node(testbed);
       await Promise.all([
         ...[HTTP, APP].flatMap((port) => [node.far.listen(port), node.old.listen(port), node.new.listen(port)]),
-        ...[OUTBOUND, PLAINTEXT, HBONE, DNS].flatMap((port) => [node.old.listen(port), node.new.listen(port)]),
+        ...[OUTBOUND, PLAINTEXT, HBONE, DNS].flatMap((port) => [
+          node.old.listen(port, 0, port === OUTBOUND),
+          node.new.listen(port),
+        ]),
         ...[node.old, node.new].map((proxy) => proxy.serveUDP(DNS)),
+        ...families.map((family) => node.old.serveUDP(DNS_OF[family], 0, [family])),
         node.inPod.listen(APP),
         node.inNode.listen(APP),
       ]);
@@ -342,12 +361,15 @@ export class Node {
     return tuple;
   }
 
-  /** A connection of which the old proxy has a request socket: its SYN-ACK is never answered. */
-  async halfOpen(family: Family): Promise<Omit<Tuple, 'connection'>> {
+  /**
+   * A connection of which the old proxy has a request socket: its SYN-ACK is never answered. `port`: HTTP, or
+   * TAKEN.
+   */
+  async halfOpen(family: Family, port = HTTP): Promise<Omit<Tuple, 'connection'>> {
     const client = { address: addresses[family].podSilent, port: this.port() };
-    const server = { address: addresses[family].outsideAtOld, port: HTTP };
+    const server = { address: addresses[family].outsideAtOld, port };
     await this.far.frame('toold', tcpFrame(this.#wireToOld(), client, server));
-    const state = `( sport = :${HTTP} and dport = :${client.port} )`;
+    const state = `( sport = :${port} and dport = :${client.port} )`;
     await until('SYN-RECV in the old proxy', () =>
       this.namespaces.old.run(['ss', '-Htan', 'state', 'syn-recv', state]).includes(`:${client.port}`),
     );

@@ -13,7 +13,7 @@ import { Capture } from './capture.ts';
 import type { Connection, Endpoint, RawClient } from './endpoint.ts';
 import { ACK, SYN, tcpFrame } from './frames.ts';
 import { HAProxy } from './haproxy.ts';
-import { type Actor, APP, InPodMesh, InPodProxy } from './inpod.ts';
+import { type Actor, APP, InPodMesh, InPodProxy, ONE_SYN } from './inpod.ts';
 import { executable, type Family, families, type Pod } from './topology.ts';
 
 const EXCLUDED = 7001;
@@ -259,10 +259,12 @@ describe.each(hooks)('policies, exclusions and fragments, %s', (hook) => {
   test.each(families)('IPv%i: reset: refused at once, both ways', async (family) => {
     const before = mesh.counters();
     expect(await mesh.refused('client', mesh.address('outsider', family))).toBe('ECONNREFUSED');
-    expect(await mesh.refused('outsider', mesh.address('client', family))).toBe('ECONNREFUSED');
+    for (const from of ['outsider', 'plain'] as const) {
+      expect(await mesh.refused(from, mesh.address('client', family)), from).toBe('ECONNREFUSED');
+    }
     const moved = mesh.moved(before, mesh.client);
     expect(moved['inpod_egress reset_no_listener']).toBe(1);
-    expect(moved['inpod_ingress reset_no_listener']).toBe(1);
+    expect(moved['inpod_ingress reset_no_listener']).toBe(2);
   });
 
   test.each(families)('IPv%i: open: direct, and it stays so when the proxy comes', async (family) => {
@@ -408,6 +410,27 @@ describe.each(hooks)('two addresses of each family, DNS captured, %s', (hook) =>
       expect([within.seen, isDirect(within)]).toEqual([mesh.address('outsider', family), false]);
       await mesh.exchanged(within, 'outsider');
     }
+  });
+
+  test.each(families)('IPv%i: one that came later is reached through the proxy, and opens nothing', async (family) => {
+    const late = family === 4 ? '10.88.0.202' : 'fd88::ca';
+    pod.netns.ip(
+      'address',
+      'add',
+      `${late}/${family === 4 ? 32 : 128}`,
+      'dev',
+      'eth0',
+      ...(family === 6 ? ['nodad'] : []),
+    );
+    mesh.topology.node.ip('route', 'add', late, 'dev', pod.hostIfname);
+    const within = await mesh.connect('outsider', late);
+    expect([within.seen, isDirect(within)]).toEqual([mesh.address('outsider', family), false]);
+    await mesh.exchanged(within, 'outsider');
+    const before = mesh.counters();
+    await expect(
+      pod.endpoint.connect(mesh.address('outsider', family), APP, { source: late, timeout: ONE_SYN }),
+    ).rejects.toThrow('ETIMEDOUT');
+    expect(mesh.moved(before, pod)['inpod_egress drop_spoofed_source']).toBe(1);
   });
 });
 

@@ -192,7 +192,12 @@ describe.runIf(missingControlPlane() === undefined)('trouble with kube-apiserver
       'only what is there is recorded',
       async () => (await site.attachments()).length === stay.length,
       20_000,
-    );
+    ).catch(async (error: Error) => {
+      const rows = (await site.attachments()).map(({ name, uid, role: what, state }) => ({ name, uid, what, state }));
+      throw new Error(
+        `${error.message}: ${JSON.stringify(rows)}; the agent said:\n${site.agent?.output.slice(-4_000)}`,
+      );
+    });
     expect((await site.attachments()).map((row) => `${row.name} ${row.role} ${row.state}`).sort()).toEqual([
       'stay-0 pod attached',
       'stay-1 pod attached',

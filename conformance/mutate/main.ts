@@ -2,15 +2,15 @@
 // npm run mutate:bpf [-- --minutes N] [--only TEXT] [--list] [--anew] [--table]: changes one thing in bpf/ at a time, and
 // runs the BPF-level suite (bpf/test) on the result. Each change that no test notices is printed with its place. Exit
 // code 1 for one that explained.json does not explain. Reasons are tried first, then conditions and comparisons, then
-// numbers, each in an order that is mixed but always the same, so that any part of a run is a fair sample. --table writes which test each
-// reason has (reasons.json).
+// numbers, each in an order that is mixed but always the same, so that any part of a run is a fair sample. --table writes
+// which test each reason has (reasons.json).
 //
 // What was found out is kept in build/mutate/. "Killed" stands as long as the function and the test that did it are as
 // they were, whatever else has changed; all else as long as nothing has. --anew forgets it.
 //
 // A mutant needs no new addon: that of the fault injection takes the programs from $AMBIENT_REDIRECT_OBJECT. Only the
 // programs that the function is in are compiled and loaded again. Nor a new vitest: the tests of bpf/test/suite.ts and
-// in-pod.ts are run in one process (worker.ts), hooks.test.ts and direct.test.ts only on what they let live.
+// in-pod.ts are run in one process (worker.ts), the others (AT_HOOKS) only on what they let live.
 
 import { type ChildProcess, fork, spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
@@ -42,7 +42,7 @@ interface Explained {
 
 const ROOT = dirname(dirname(import.meta.dirname));
 const WORK = join(ROOT, 'build/mutate');
-const AT_HOOKS = ['bpf/test/hooks.test.ts', 'bpf/test/direct.test.ts'];
+const AT_HOOKS = ['bpf/test/hooks.test.ts', 'bpf/test/in-pod-hooks.test.ts', 'bpf/test/direct.test.ts'];
 const RUNS_OF_A_WORKER = 300;
 
 const { values } = parseArgs({

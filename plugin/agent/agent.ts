@@ -26,15 +26,15 @@ import type { AttachBody, AttachmentName, Decision } from '../agent-client.ts';
 import { attachmentKey, hex } from '../attachments.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import { decide as decideTarget, enrolmentOf } from '../commands/target.ts';
-import { attachSteps, describePod, detachSteps, isDead, sweepDead, type Target, targetOf } from '../datapath.ts';
-import { beginDrain, isDraining, tryEndDrains } from '../drain.ts';
+import { attachSteps, describePod, isDead, sweepDead, type Target, targetOf } from '../datapath.ts';
+import { beginDrain, endDrainSteps, isDraining, tryEndDrains } from '../drain.ts';
 import { isUninstalled, rememberedInstall } from '../install/entry.ts';
 import { migrateAll, NO_CAPACITY } from '../migrate.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.ts';
 import { countPending, listPending, type PendingPod, removePending } from '../pending.ts';
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
 import { type PodIdentity, podIdentity } from '../redirect/enrolment.ts';
-import { hasCode, isNativeError, kernelReason, openState, supersededBy } from '../state.ts';
+import { enterBeside, hasCode, isNativeError, kernelReason, openState, supersededBy } from '../state.ts';
 import { StepQueue } from '../steps.ts';
 import { ZdsError, ZdsServer } from '../zds/server.ts';
 import { type CgroupFinding, cgroupOf, isGone } from './cgroups.ts';
@@ -186,10 +186,7 @@ export class Agent {
       removePending(dirs.runDir, key);
       if (record.state !== 'attached' || record.role !== 'pod') continue;
       if (drain) this.#withState((state) => beginDrain(this.native, dirs, state, key, record));
-      else {
-        await this.steps.run(detachSteps(this.native, dirs, key));
-        await this.#recordOnly(record, key);
-      }
+      else await this.#takeOut(key);
     }
     await this.reconcile('unenrol');
   }
@@ -278,10 +275,7 @@ export class Agent {
       await this.#tell(key, now, DEADLINE_MS);
       if (!inMesh) this.log.info({ pod: describePod(now) }, 'enrolled late');
     } catch (error) {
-      if (!inMesh) {
-        await this.steps.run(detachSteps(this.native, this.#directories(), key));
-        await this.#recordOnly(now, key);
-      }
+      if (!inMesh) await this.#takeOut(key);
       throw error;
     }
   }
@@ -510,6 +504,7 @@ export class Agent {
       native,
       steps: this.steps,
       config: this.config,
+      periodMs: this.settings.reconcileSeconds * 1_000,
       onDrift: ({ kind, ...what }) => {
         metrics.drift.inc({ kind });
         log.error({ kind, ...what }, 'the kernel is not as recorded');
@@ -522,6 +517,14 @@ export class Agent {
       },
       onUnrepaired: (record, error) =>
         log.error({ pod: describePod(record), error: error.message }, 'could not be made again'),
+      isServed: (record) => {
+        const uid = this.registry.uidOf(hex(keyOf(native, record)));
+        return uid !== undefined && this.#zds?.isLive === true && this.#zds.answerOf(uid) === null;
+      },
+      serveAgain: async (record) => {
+        const uid = this.registry.uidOf(hex(keyOf(native, record)));
+        if (uid !== undefined) await this.#zds?.renew(uid, { deadlineMs: DEADLINE_MS });
+      },
       onTrouble: (error) => log.error({ error: error.message }, 'state and kernel could not be compared'),
     });
     truth.follow();
@@ -749,12 +752,19 @@ export class Agent {
     return { target: targetOf(key, record, 'pod'), config: this.config };
   }
 
-  async #recordOnly(record: AttachmentRecord, key: AttachmentKey): Promise<void> {
+  /** Programs off; the pod stays recorded as one that is not enrolled. */
+  async #takeOut(key: AttachmentKey): Promise<void> {
+    const dirs = this.#directories();
+    const leave = enterBeside(this.native, dirs.runDir);
+    const state = openState(this.native, dirs.stateDir);
     try {
-      const { config } = this.#targetOf(key, record);
-      await this.steps.run(attachSteps(this.native, config, targetOf(key, record, 'none')));
-    } catch (error) {
-      if (!(error instanceof CniError) || error.code !== Code.SANDBOX_NOT_FOUND) throw error;
+      const record = state === null ? null : this.native.getAttachment(state, key);
+      if (state !== null && record !== null) {
+        await this.steps.run(endDrainSteps(this.native, dirs, state, key, record));
+      }
+    } finally {
+      if (state !== null) this.native.closeState(state);
+      leave();
     }
   }
 
@@ -799,6 +809,10 @@ function podOf(record: AttachmentRecord): EnrolledPod {
     serviceAccount: record.serviceAccount,
     contract: record.contract,
   };
+}
+
+function keyOf(native: Native, { network, containerId, ifname }: AttachmentName): AttachmentKey {
+  return attachmentKey(native, network, containerId, ifname);
 }
 
 function enrolledOf({ uid, names }: Workload): EnrolledPod {

@@ -19,6 +19,8 @@ export interface ProxyOptions {
   ports: Readonly<Record<ListenerName, number>>;
   inPod?: InPodOptions;
   onSeen?: (connection: SeenConnection) => void;
+  /** one that was accepted and then reset, since its other leg could not be had */
+  onFailed?: (error: Error) => void;
 }
 
 /** How ztunnel's sockets in a pod differ: they share their ports with another ztunnel's, and are told by their mark. */
@@ -109,7 +111,10 @@ export class TransparentProxy {
     // allowHalfOpen: a client that has sent all it has may still be waiting for the answer.
     const server = createServer({ allowHalfOpen: true, pauseOnConnect: true }, (socket) => {
       this.#own(socket);
-      this.#serve(name, socket).catch(() => reset(socket));
+      this.#serve(name, socket).catch((error: Error) => {
+        this.#options.onFailed?.(error);
+        reset(socket);
+      });
     });
     this.#servers.push(server);
     await listenOn(server, fd);
