@@ -180,6 +180,7 @@ function buildProgram(terminal: Terminal, finish: Finish): Command {
     .requiredOption('--xds <file>')
     .option('--misbehaviour <json>')
     .option('--drain-ms <ms>')
+    .option('--deaf-to <uid>')
     .action(async (options: ZtunnelProcessOptions) => {
       finish(await runZtunnel(loadNative(), terminal, options));
     });

@@ -14,6 +14,7 @@ import type {
   AttachmentRecord,
   EndpointRecord,
   HookRecord,
+  Link,
   LocalRoute,
   Mac,
   Native,
@@ -38,7 +39,7 @@ import {
   ROUTE_TABLE,
   RULE_PRIORITY,
 } from './redirect/plan.ts';
-import { openSandbox, readFacts, requirePeer } from './sandbox.ts';
+import { openSandbox, readFacts, requireLink, requirePeer, type Sandbox } from './sandbox.ts';
 import {
   type Directories,
   ensurePrograms,
@@ -127,36 +128,53 @@ interface Attachment {
   record: AttachmentRecord;
   /** the same kernel objects are recorded: they are changed where they are */
   previous: AttachmentRecord | null;
+  /** recorded if it fails; null: nothing is */
+  fallback: AttachmentRecord | null;
   undo: (() => void)[];
 }
 
-/** Throws CniError; nothing is left then. Doing it again for the same key replaces what is there. */
-export function attach(native: Native, config: RedirectConfig, target: Target): AttachmentRecord {
-  return runHere(attachSteps(native, config, target));
+/**
+ * Throws CniError; nothing is left then. Doing it again for the same key replaces what is there. `sandbox`: what the
+ * caller has open and has just read is not opened and read again.
+ */
+export function attach(native: Native, config: RedirectConfig, target: Target, sandbox?: Sandbox): AttachmentRecord {
+  return runHere(attachSteps(native, config, target, sandbox));
 }
 
 /** What attach() does. Others may change the state between two of the steps, as an ADD beside this process may. */
-export function* attachSteps(native: Native, config: RedirectConfig, target: Target): Steps<AttachmentRecord> {
+export function* attachSteps(
+  native: Native,
+  config: RedirectConfig,
+  target: Target,
+  sandbox?: Sandbox,
+): Steps<AttachmentRecord> {
   const leave = enterBeside(native, config.runDir);
   try {
-    return yield* attachBeside(native, config, target);
+    return yield* attachBeside(native, config, target, sandbox);
   } finally {
     leave();
   }
 }
 
-function* attachBeside(native: Native, config: RedirectConfig, target: Target): Steps<AttachmentRecord> {
-  const netns = openSandbox(native, target.netnsPath);
+function* attachBeside(
+  native: Native,
+  config: RedirectConfig,
+  target: Target,
+  sandbox: Sandbox | undefined,
+): Steps<AttachmentRecord> {
+  const netns = sandbox?.netns ?? openSandbox(native, target.netnsPath);
   let state: State | undefined;
   try {
     // In the in-pod contract the proxy's own pod is one like those that are not enrolled.
     if (target.role === 'none' || (target.role === 'proxy' && config.proxy.contract === 'in-pod')) {
       state = ensureState(native, config);
-      return yield* recordOnly(native, config, state, target, netns);
+      return yield* recordOnly(native, config, state, target, netns, sandbox?.pod);
     }
-    const facts = readFacts(native, netns, target.netnsPath, target.ifname, target.shaped);
+    const { netnsPath, ifname } = target;
+    const pod = sandbox?.pod ?? requireLink(native, netns, netnsPath, ifname);
+    const facts = readFacts(native, { netns, pod }, netnsPath, ifname, target.shaped);
     const plan = planFor(native, config, target, facts);
-    state = ensureState(native, config);
+    state = ensureState(native, config, target.asRecorded === true);
     const superseded = target.resident === true ? supersededBy(native, state, config.stateDir) : null;
     if (superseded !== null) throw new CniError(Code.TRY_AGAIN_LATER, 'another build has taken over', superseded);
     const programTag = ensurePrograms(native, state, config);
@@ -164,7 +182,8 @@ function* attachBeside(native: Native, config: RedirectConfig, target: Target): 
     removeDeadProxies(native, state, config.runDir);
     const id = facts.host?.ifindex ?? interfaceIdOfKey(native, state, target.key);
     const previous = sameAttachment(native, config, state, target, facts);
-    if (previous === null) yield* removeOld(native, config, state, target, id);
+    let fallback = previous;
+    if (previous === null) fallback = yield* removeOld(native, config, state, target, id);
     else keepNature(native, target, plan, previous);
     // What the record says is put back by DEL, so it is written before the change.
     const ownFlags = settingFlags(native, config, target, netns, facts, plan, previous);
@@ -184,6 +203,7 @@ function* attachBeside(native: Native, config: RedirectConfig, target: Target): 
         ...(previous !== null && { hooks: previous.hooks, enrolledAt: previous.enrolledAt }),
       },
       previous,
+      fallback,
       undo: [],
     };
     return yield* attachAll(attachment);
@@ -191,7 +211,7 @@ function* attachBeside(native: Native, config: RedirectConfig, target: Target): 
     throw stepError(Code.ATTACH_FAILED, `attach to ${target.ifname} in ${target.netnsPath}`, error);
   } finally {
     if (state !== undefined) native.closeState(state);
-    native.close(netns);
+    if (sandbox === undefined) native.close(netns);
   }
 }
 
@@ -229,10 +249,10 @@ function settingFlags(
 function* attachAll(attachment: Attachment): Steps<AttachmentRecord> {
   const { native, state, target, record, plan, undo } = attachment;
   try {
-    const { previous } = attachment;
+    const { previous, fallback } = attachment;
     writeRecord(attachment, 'attaching');
-    if (previous === null) undo.push(() => native.deleteAttachment(state, target.key));
-    else undo.push(() => native.putAttachment(state, target.key, previous));
+    if (fallback === null) undo.push(() => native.deleteAttachment(state, target.key));
+    else undo.push(() => putUnlessDeleted(native, state, target.key, fallback));
     if (isLooping(record)) addRouting(attachment);
     if ((record.flags & (native.flags.INTERFACE_TPROXY ?? 0)) !== 0) {
       undo.push(() => deleteTproxy(attachment.netns));
@@ -282,10 +302,13 @@ function* recordOnly(
   state: State,
   target: Target,
   netns: number,
+  pod: Link | undefined,
 ): Steps<AttachmentRecord> {
   const old = native.getAttachment(state, target.key);
-  if (old !== null && old.state !== 'recorded') yield* detachRecordSteps(native, config, state, target.key, old);
-  const link = native.linkByName(netns, target.ifname);
+  if (old !== null && old.state !== 'recorded') {
+    yield* detachRecordSteps(native, config, state, target.key, old, () => notEnrolled(old));
+  }
+  const link = pod ?? native.linkByName(netns, target.ifname);
   const hostIfindex = link?.kind === 'veth' ? link.peerIfindex : 0;
   removeDeadProxies(native, state, config.runDir);
   forgetPredecessors(native, config, state, target, hostIfindex);
@@ -367,12 +390,22 @@ function keepNature(native: Native, target: Target, plan: AttachPlan, previous: 
   if (plan.interface !== null) plan.interface.flags = plan.flags & ~recordedOnly(native);
 }
 
-/** What an earlier ADD of this key, or of a pod whose host-side index this one has now, left. */
-function* removeOld(native: Native, config: RedirectConfig, state: State, target: Target, id: number): Steps<void> {
+/**
+ * What an earlier ADD of this key, or of a pod whose host-side index this one has now, left. Returns what is to be
+ * recorded if the pod cannot be attached to: an ADD that fails leaves nothing, a pod that runs already is as it was.
+ */
+function* removeOld(
+  native: Native,
+  config: RedirectConfig,
+  state: State,
+  target: Target,
+  id: number,
+): Steps<AttachmentRecord | null> {
   const old = native.getAttachment(state, target.key);
-  if (old !== null) yield* detachRecordSteps(native, config, state, target.key, old);
+  if (old !== null) yield* detachRecordSteps(native, config, state, target.key, old, () => notEnrolled(old));
   else removePins(native, config.stateDir, target.key);
   detachHolders(native, config, state, id);
+  return old !== null && !target.strict ? notEnrolled(old) : null;
 }
 
 // ---- steps of attach ---------------------------------------------------------------------------------------------
@@ -891,13 +924,22 @@ export function detachRecord(
   runHere(detachRecordSteps(native, dirs, state, key, record));
 }
 
-/** What detachRecord() does. */
+/** Of a pod that runs and has no programs. */
+export function notEnrolled(record: AttachmentRecord): AttachmentRecord {
+  return { ...record, state: 'recorded', role: 'none', flags: 0, hooks: [], programTag: '' };
+}
+
+/**
+ * What detachRecord() does. `after`: what is to be recorded then, null for nothing. Where the pod goes on, a record is
+ * there at each moment: only its ADD can tell who it is, and is not repeated.
+ */
 export function* detachRecordSteps(
   native: Native,
   dirs: Directories,
   state: State,
   key: AttachmentKey,
   record: AttachmentRecord,
+  after: () => AttachmentRecord | null = () => null,
 ): Steps<void> {
   // Nothing is sent to a proxy that is about to lose its program.
   if (record.role === 'proxy') removeProxy(native, state, dirs.runDir, key);
@@ -914,7 +956,14 @@ export function* detachRecordSteps(
   removePins(native, dirs.stateDir, key);
   if (record.role === 'pod') removeEntries(native, state, record);
   if (record.role === 'proxy') forgetCounters(native, state, record.hostIfindex);
-  native.deleteAttachment(state, key);
+  const left = after();
+  if (left === null) native.deleteAttachment(state, key);
+  else putUnlessDeleted(native, state, key, left);
+}
+
+/** Its DEL may have run meanwhile: a record that it removed does not come back. */
+function putUnlessDeleted(native: Native, state: State, key: AttachmentKey, record: AttachmentRecord): void {
+  if (native.getAttachment(state, key) !== null) native.putAttachment(state, key, record);
 }
 
 /** Does its namespace have our rule and route? */

@@ -5,7 +5,7 @@
 import { mkdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { hex } from './attachments.ts';
-import { detachRecordSteps, inOwnNetns } from './datapath.ts';
+import { detachRecordSteps, inOwnNetns, notEnrolled } from './datapath.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from './native.ts';
 import { beside, type Directories, openState } from './state.ts';
 import { runHere, type Steps } from './steps.ts';
@@ -102,16 +102,12 @@ export function* endDrainSteps(
   key: AttachmentKey,
   record: AttachmentRecord,
 ): Steps<void> {
-  yield* detachRecordSteps(native, dirs, state, key, record);
-  inOwnNetns(native, record, () => {
-    native.putAttachment(state, key, {
-      ...record,
-      state: 'recorded',
-      role: 'none',
-      flags: 0,
-      hooks: [],
-      programTag: '',
+  yield* detachRecordSteps(native, dirs, state, key, record, () => {
+    let left: AttachmentRecord | null = null;
+    inOwnNetns(native, record, () => {
+      left = notEnrolled(record);
     });
+    return left;
   });
 }
 

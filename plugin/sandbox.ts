@@ -31,13 +31,28 @@ export function assertOtherNetns(native: Native, netns: number, path: string): v
   }
 }
 
-/** Throws CniError 100 if the interface is not there. `host` is null where it has no veth peer in the plugin's namespace. */
-export function readFacts(native: Native, netns: number, path: string, ifname: string, shaped: boolean): HostFacts {
+/** A pod's namespace that its caller keeps open, and the pod's interface in it. */
+export interface Sandbox {
+  netns: number;
+  pod: Link;
+}
+
+/** Throws CniError 100 if the interface is not there. */
+export function requireLink(native: Native, netns: number, path: string, ifname: string): Link {
+  const link = native.linkByName(netns, ifname);
+  if (link !== null) return link;
+  throw new CniError(Code.SANDBOX_NOT_FOUND, `interface ${ifname} not found`, `there is none in ${path}`);
+}
+
+/** Throws CniError 100 if the interface has vanished. `host` is null where it has no veth peer in the plugin's namespace. */
+export function readFacts(
+  native: Native,
+  { netns, pod }: Sandbox,
+  path: string,
+  ifname: string,
+  shaped: boolean,
+): HostFacts {
   try {
-    const pod = native.linkByName(netns, ifname);
-    if (pod === null) {
-      throw new CniError(Code.SANDBOX_NOT_FOUND, `interface ${ifname} not found`, `there is none in ${path}`);
-    }
     const nsid = native.netnsId(netns, true);
     const host = peerOnNode(native, pod, nsid);
     return {

@@ -5,7 +5,7 @@ import { appendFileSync, existsSync, readdirSync, readFileSync, statSync } from 
 import { dirname, join } from 'node:path';
 import { CniError, Code } from './cni/errors.ts';
 import type { Native, NativeError, State, StateSettings } from './native.ts';
-import type { RedirectConfig } from './redirect/config.ts';
+import { type RedirectConfig, VARIANTS } from './redirect/config.ts';
 
 /** Longer than any creation takes: map set-up and the verifier together need well under a second. */
 const LOCK_TIMEOUT_MILLISECONDS = 10_000;
@@ -133,8 +133,11 @@ export function openState(native: Native, dir: string): State | null {
   }
 }
 
-/** Opens the state and makes what of it is missing: bpffs, directory, maps. Throws CniError 7, 11, 103, 104, 110. */
-export function ensureState(native: Native, config: RedirectConfig): State {
+/**
+ * Opens the state and makes what of it is missing: bpffs, directory, maps. `asItIs`: what is to be done is for pods that
+ * are attached already, with the variant that they have. Throws CniError 7, 11, 103, 104, 110.
+ */
+export function ensureState(native: Native, config: RedirectConfig, asItIs = false): State {
   const { stateDir, runDir } = config;
   // Some pods have the programs of the next maps already, and would not know one that is only in these.
   const unfinished = join(nextDirectory(stateDir), 'complete');
@@ -144,7 +147,9 @@ export function ensureState(native: Native, config: RedirectConfig): State {
   }
   const state = openState(native, stateDir) ?? locked(native, runDir, () => createState(native, config));
   try {
-    assertSameSettings(native.settings(state), config);
+    const settings = native.settings(state);
+    assertSameMarks(settings, config);
+    if (!asItIs) assertSameVariant(native, settings, config);
   } catch (error) {
     native.closeState(state);
     throw stepError(Code.STATE_FAILED, `read the settings of ${stateDir}`, error);
@@ -233,7 +238,7 @@ function mountIfNeeded(native: Native, stateDir: string): void {
   native.mountBpffs(parent);
 }
 
-function assertSameSettings(settings: StateSettings, config: RedirectConfig): void {
+function assertSameMarks(settings: StateSettings, config: RedirectConfig): void {
   for (const key of ['bypass', 'toProxy', 'tproxy'] as const) {
     if (settings.marks[key] === config.marks[key]) continue;
     const details =
@@ -243,9 +248,33 @@ function assertSameSettings(settings: StateSettings, config: RedirectConfig): vo
   }
 }
 
+/**
+ * Programs of another variant do not fit the pods that are there: they use other links, rules in the proxy's namespace
+ * and locks, which no program can replace in place. Throws CniError 7.
+ */
+function assertSameVariant(native: Native, settings: StateSettings, { variant, stateDir }: RedirectConfig): void {
+  if (variant === null || settings.variant === variantBits(native, variant)) return;
+  const present = VARIANTS.find((one) => variantBits(native, one) === settings.variant) ?? settings.variant;
+  const details =
+    `variant = "${variant}": the state in ${stateDir} was made with "${present}", which its pods keep while they run; ` +
+    'to change it run "uninstall", then "install" with the new one, and pods are drained and enrolled anew';
+  throw new CniError(Code.INVALID_NETWORK_CONFIG, 'variant differs from the one in use', details);
+}
+
+/** Throws CniError 7 if there is a state at config.stateDir and it was made with another variant; 103, 104. */
+export function assertVariantInUse(native: Native, config: RedirectConfig): void {
+  const state = openState(native, config.stateDir);
+  if (state === null) return;
+  try {
+    assertSameVariant(native, native.settings(state), config);
+  } finally {
+    native.closeState(state);
+  }
+}
+
 /** VARIANT_* of bpf/redirect.h. */
 function variantBits(native: Native, variant: RedirectConfig['variant']): number {
-  if (variant === 'auto') return 0;
+  if (variant === null || variant === 'auto') return 0;
   const name = `VARIANT_${variant.toUpperCase().replaceAll('-', '_')}`;
   const bit = native.flags[name];
   if (bit === undefined) throw new CniError(Code.INTERNAL, `the addon knows no ${name}`);

@@ -113,13 +113,15 @@ describe.each(families)('IPv%i: 16 flows of a pod', (family) => {
 
   test('one that is redirected when it comes again is forgotten, alone', async () => {
     const kept = ports(node.ifindex.pod);
+    // Any that is there: which of those that are equally old made room for the imported one is up to the state's seed.
+    const [again = 0] = kept;
     datapath.enrol({ flags: ['STRICT'] });
-    await datapath.check('pod_egress', own(1200, SYN), datapath.toProxy('redirected_outbound', datapath.old(), 1));
-    expect(ports(node.ifindex.pod)).toEqual(kept.filter((port) => port !== 1200));
+    await datapath.check('pod_egress', own(again, SYN), datapath.toProxy('redirected_outbound', datapath.old(), 1));
+    expect(ports(node.ifindex.pod)).toEqual(kept.filter((port) => port !== again));
     // And remembered again, in the very place that it left: both sets are full.
     datapath.enrol({ flags: DRAINING });
-    await begin(1200);
-    await goesOn(1200);
+    await begin(again);
+    await goesOn(again);
     expect(ports(node.ifindex.pod)).toEqual(kept);
   });
 });

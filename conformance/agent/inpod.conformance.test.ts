@@ -463,3 +463,49 @@ describe('restarts', () => {
     LONG ? 1_200_000 : 60_000,
   );
 });
+
+describe('truth', () => {
+  const PERIOD_MS = 1_000;
+
+  test('a pod whose listeners ztunnel has lost gets them again within a period; other pods are not disturbed', async () => {
+    open();
+    const agent = await site.agent(
+      '--reconcile-seconds',
+      `${PERIOD_MS / 1_000}`,
+      '--monitoring-port',
+      '15014',
+      '--address',
+      '127.0.0.1',
+    );
+    const ztunnel = await site.ztunnel('--deaf-to', 'uid-deaf');
+    const [client, server, deaf] = [enrolled('client'), enrolled('server'), enrolled('deaf')];
+    await start(client, server, deaf);
+    await server.endpoint.listen(APP);
+    const held = await client.endpoint.connect(server.addresses[4], APP);
+    const seen = await capture(deaf);
+    const listening = () => deaf.netns.run(['ss', '-Hltn']).match(/:150(01|06|08)\b/g)?.length ?? 0;
+    const said = (text: string) => agent.log.filter(({ msg }) => msg === text);
+    expect(listening()).toBe(3);
+    ztunnel.process.kill('SIGUSR2');
+    await until('they are gone', () => listening() === 0);
+    await until('they are there again', () => listening() === 3);
+    await until('it is said', () => said('made again as recorded').length === 1);
+    expect(
+      said('the kernel is not as recorded').map(({ kind, pod, object }) => `${kind} of ${pod}: ${object}`),
+    ).toEqual([15_001, 15_006, 15_008].map((port) => `listener of default/deaf: listener on port ${port}`));
+    const metrics = await topology.node.exec(['curl', '-sf', 'http://127.0.0.1:15014/metrics']);
+    expect(metrics.stdout).toMatch(/^ambient_redirect_drift_total\{kind="listener"\} 3$/m);
+    for (const family of families) expect(await talk(deaf, server, family)).toBe(deaf.addresses[family]);
+    expect(seen.packets(AROUND)).toEqual([]);
+    await client.endpoint.exchange(held, 5_000);
+    await client.endpoint.finish(held);
+
+    // Soon after, again: what a repair cuts off is not cut off in each period.
+    ztunnel.process.kill('SIGUSR2');
+    await until('they are gone', () => listening() === 0);
+    await until('it is said again', () => said('made again as recorded').length === 2, 20_000);
+    expect(listening()).toBe(3);
+    const [first = 0, second = 0] = said('made again as recorded').map(({ time }) => Date.parse(String(time)));
+    expect(second - first).toBeGreaterThanOrEqual(4 * PERIOD_MS);
+  }, 60_000);
+});

@@ -58,7 +58,10 @@ export interface IdlePod {
   containerId: string;
 }
 
-/** `count` pods of a routed network in one batch; namespaces go with their veths when the testbed closes. */
+/** Objects that one `ip -batch` makes. */
+const BATCH = 100;
+
+/** `count` pods of a routed network in batches; namespaces go with their veths when the testbed closes. */
 export function makePods(testbed: Testbed, node: Namespace, count: number): IdlePod[] {
   const pods = Array.from({ length: count }, (_, i) => ({
     namespace: `${testbed.id}.p${i}`,
@@ -67,23 +70,32 @@ export function makePods(testbed: Testbed, node: Namespace, count: number): Idle
     addresses: { 4: `10.90.${Math.floor(i / 250)}.${(i % 250) + 2}`, 6: `fd90::${(i + 2).toString(16)}` },
     containerId: `bench${i}`,
   }));
-  testbed.defer(() =>
-    must(['ip', '-force', '-batch', '-'], pods.map((pod) => `netns del ${pod.namespace}\n`).join('')),
-  );
-  must(['ip', '-batch', '-'], pods.map((pod) => `netns add ${pod.namespace}\n`).join(''));
-  const links = pods.map(
+  const batch = (argv: readonly string[], line: (pod: IdlePod) => string) => {
+    // A thousand namespaces or links are more than a busy machine makes within a command's time limit.
+    for (let i = 0; i < pods.length; i += BATCH)
+      must(
+        argv,
+        pods
+          .slice(i, i + BATCH)
+          .map(line)
+          .join(''),
+      );
+  };
+  testbed.defer(() => batch(['ip', '-force', '-batch', '-'], (pod) => `netns del ${pod.namespace}\n`));
+  batch(['ip', '-batch', '-'], (pod) => `netns add ${pod.namespace}\n`);
+  batch(
+    ['ip', '-batch', '-'],
     (pod) => `link add ${pod.hostIfname} netns ${node.name} type veth peer name eth0 netns ${pod.namespace}\n`,
   );
-  must(['ip', '-batch', '-'], links.join(''));
-  must(['ip', '-n', node.name, '-batch', '-'], pods.map((pod) => `link set ${pod.hostIfname} up\n`).join(''));
+  batch(['ip', '-n', node.name, '-batch', '-'], (pod) => `link set ${pod.hostIfname} up\n`);
   for (const pod of pods) {
-    const batch = [
+    const lines = [
       `address add ${pod.addresses[4]}/32 dev eth0`,
       `address add ${pod.addresses[6]}/128 dev eth0 nodad`,
       'link set lo up',
       'link set eth0 up',
     ];
-    must(['ip', '-n', pod.namespace, '-batch', '-'], `${batch.join('\n')}\n`);
+    must(['ip', '-n', pod.namespace, '-batch', '-'], `${lines.join('\n')}\n`);
   }
   return pods;
 }

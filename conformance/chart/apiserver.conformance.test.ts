@@ -9,6 +9,7 @@ import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { EXECUTABLE } from '../chain.ts';
 import { missingControlPlane } from '../kubernetes/build.ts';
 import { ControlPlane } from '../kubernetes/control-plane.ts';
+import { Front } from '../kubernetes/front.ts';
 import { exec, type Running, Testbed, until } from '../netns.ts';
 import { helmProgram, missingHelm } from './helm.ts';
 import { type KubernetesObject, MATRIX, objectsOf, render } from './render.ts';
@@ -83,8 +84,8 @@ describe.runIf(missingHelm() === undefined && missingControlPlane() === undefine
         }
       });
 
-      const command = (timeout: string) => [
-        ...[EXECUTABLE, 'wait-uninstalled', '--kube-api', plane.url, '--kube-ca-file', plane.caFile],
+      const command = (timeout: string, url = plane.url) => [
+        ...[EXECUTABLE, 'wait-uninstalled', '--kube-api', url, '--kube-ca-file', plane.caFile],
         ...['--kube-token-file', tokenFile, '--daemon-set', `${NAMESPACE}/istio-cni-node-uninstall`],
         ...['--agents', `${NAMESPACE}/istio-cni-node`, '--timeout', timeout],
       ];
@@ -141,6 +142,29 @@ describe.runIf(missingHelm() === undefined && missingControlPlane() === undefine
           stdout: '3 nodes left\n',
           stderr: '',
         });
+      });
+
+      test('while the API server cannot be reached it says so, goes on, and says when it answers again', async () => {
+        const front = await Front.start(testbed, plane);
+        front.fault = () => ({ cut: true });
+        const waiting = testbed.start(command('60', front.url));
+        await until('it has asked more than once', () => front.asked.length > 2, 30_000);
+        front.fault = () => undefined;
+        await waiting.ended;
+        expect(waiting.output.split('\n')).toEqual([
+          expect.stringMatching(/^the API server cannot be reached, trying for \d+ s more: GET \/apis\/apps\/.+: .+/),
+          'the API server answers again',
+          '3 nodes left',
+          '',
+        ]);
+      });
+
+      test('when the time is over before the API server answers, that is why it ends', async () => {
+        const front = await Front.start(testbed, plane);
+        front.fault = () => ({ cut: true });
+        const outcome = await exec(command('1', front.url), { env: {} });
+        expect(outcome).toMatchObject({ status: 1, stdout: '' });
+        expect(outcome.stderr).toMatch(/^the API server cannot be reached, .+\nambient-redirect: GET .+\n$/);
       });
 
       test.each([

@@ -6,9 +6,10 @@
 // AMBIENT_REDIRECT_LONG=1 runs the full counts. AMBIENT_REDIRECT_SEED repeats a run's random choices.
 
 import { spawn } from 'node:child_process';
-import { existsSync, readFileSync } from 'node:fs';
+import { existsSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterEach, describe, expect, test } from 'vitest';
+import { loadNative } from '../../plugin/addon.ts';
 import { differences, type KernelState, kernelState } from '../kernel-state.ts';
 import { exec, type Namespace, type Outcome } from '../netns.ts';
 import { acknowledge } from './inpod.ts';
@@ -423,4 +424,54 @@ describe.each(hooks)('%s: each kernel call fails in turn', (hook) => {
       }
     },
   );
+});
+
+test('a pod that runs stays recorded wherever its enrolment is killed or fails', { timeout: 600_000 }, async () => {
+  prepare('tcx');
+  const pod = wiredPod('app', 2, {});
+  await succeeds('ADD', pod);
+  const native = loadNative();
+  const { stateDir, runDir, node } = topology;
+  const recorded = () => {
+    const state = native.openState(stateDir);
+    try {
+      return native.listAttachments(state).map(({ record }) => `${record.role} ${record.state} ${record.podName}`);
+    } finally {
+      native.closeState(state);
+    }
+  };
+  const conf = join(topology.testbed.directory('conf'), 'entry.json');
+  writeFileSync(conf, JSON.stringify({ type: 'ambient-redirect', hook: 'tcx' }));
+  const command = (verb: string, env: Record<string, string> = {}, ...more: string[]) => {
+    const directories = ['--state-dir', stateDir, '--run-dir', runDir];
+    return node.exec([faults, verb, '--netns', pod.netns.path, ...directories, ...more], {
+      env: { PATH: process.env.PATH ?? '', ...env },
+    });
+  };
+  const enroll = (env?: Record<string, string>) => command('enroll', env, '--conf', conf);
+  expect(recorded()).toEqual(['none recorded app']);
+  const file = join(topology.testbed.directory('calls'), 'calls');
+  const whole = await enroll({ AMBIENT_REDIRECT_CALLS_FILE: file });
+  expect(whole, whole.stderr).toMatchObject({ status: 0 });
+  expect(recorded()).toEqual(['pod attached app']);
+  const calls = readFileSync(file, 'utf8').trim().split('\n');
+  // From where what there was is taken away to the first program; later calls depend on what the pod has open.
+  const from = calls.indexOf('rmdir');
+  const to = calls.findIndex((name, index) => index > from && name === 'bpf(BPF_LINK_CREATE)');
+  expect([from > 0, to > from]).toEqual([true, true]);
+  const indexes = Array.from({ length: to - from + 1 }, (_, offset) => from + offset);
+  const window = long ? Array.from({ length: to }, (_, index) => index) : indexes.filter((_, i) => i % 3 === 1);
+  for (const index of window) {
+    for (const how of ['KILL', 'FAIL']) {
+      await command('unenroll', {}, '--no-drain');
+      const title = `${how}, call ${index + 1}, ${calls[index]}`;
+      expect(recorded(), title).toEqual(['none recorded app']);
+      const outcome = await enroll({ [`AMBIENT_REDIRECT_${how}_CALL`]: `${index + 1}` });
+      expect(recorded(), title).toHaveLength(1);
+      if (how === 'KILL') expect(outcome.signal, title).toBe('SIGKILL');
+      else if (outcome.status !== 0) expect(recorded(), title).toEqual(['none recorded app']);
+    }
+  }
+  await command('unenroll', {}, '--no-drain');
+  expect(await enroll()).toMatchObject({ status: 0 });
 });

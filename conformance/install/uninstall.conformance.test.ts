@@ -145,21 +145,40 @@ test('kill -9 after each step: the next uninstall finishes', async () => {
   }
 }, 120_000);
 
+test('it tells an executable that it removed from one that is not there, and from a directory that it does not see', async () => {
+  const path = `${binDir}/ambient-redirect`;
+  const last = (stdout: string) => stdout.trimEnd().split('\n').at(-1);
+  const first = await uninstall();
+  expect(first).toMatchObject({ status: 0, stderr: '' });
+  expect(last(first.stdout)).toBe(`removed ${path}`);
+  const second = await uninstall();
+  expect(second).toMatchObject({ status: 0, stderr: '' });
+  expect(last(second.stdout)).toBe(`${path}: not there`);
+  rmSync(binDir, { recursive: true });
+  const third = await uninstall();
+  expect(third).toMatchObject({
+    status: 0,
+    stderr: `${binDir} does not exist here: if the node has ${path}, it stays\n`,
+  });
+  expect(last(third.stdout)).toBe('0 pods unenrolled');
+});
+
 test('--stay: what an install puts in place afterwards goes, too, until it is ended', async () => {
   const { testbed, node, stateDir, runDir } = mesh.topology;
   const directories = ['--state-dir', stateDir, '--run-dir', runDir, '--cni-net-dir', netDir, '--cni-bin-dir', binDir];
   const staying = testbed.start(
     node.argv([executable, 'uninstall', ...directories, '--executable-delay', '0', '--stay']),
   );
-  const left = () => staying.output.split(`removed ${binDir}/ambient-redirect\n`).length - 1;
-  await until('the node is left', () => left() === 1, 20_000);
+  const left = () => staying.output.match(/^.*bin-\w+\/ambient-redirect.*$/gm) ?? [];
+  await until('the node is left', () => left().length === 1, 20_000);
   await mesh.commanded('install', '--cni-net-dir', netDir, '--cni-bin-dir', binDir);
-  await until('and again', () => left() === 2, 20_000);
+  await until('and again', () => left().length === 2, 20_000);
+  expect(left()).toEqual(Array(2).fill(`removed ${binDir}/ambient-redirect`));
   expect(readFileSync(join(netDir, '10.conflist'), 'utf8')).not.toContain('ambient-redirect');
   expect(readdirSync(binDir)).toEqual([]);
   await staying.stop('SIGTERM');
   // Nobody is there any more who would take it away.
   await mesh.commanded('install', '--cni-net-dir', netDir, '--cni-bin-dir', binDir);
   expect(readdirSync(binDir)).toContain('ambient-redirect');
-  expect(left()).toBe(2);
+  expect(left().length).toBe(2);
 });

@@ -14,8 +14,12 @@ const QEMU = '/usr/bin/qemu-system-x86_64';
 const MEMORY = '2048M';
 /** What it takes to see the root file system; whatever else is needed the kernel asks modprobe for. */
 const MODULES = ['virtio_pci', 'virtio_console', 'virtiofs', 'overlay'];
-/** Waits inside are this many times as long (AMBIENT_REDIRECT_PATIENCE). */
+/**
+ * Waits inside are this many times as long (AMBIENT_REDIRECT_PATIENCE). A clock that counts instructions goes on to the
+ * next timer as soon as there is nothing to compute, as while a file is read from a busy machine: no wait takes long there.
+ */
 const PATIENCE = 8;
+const PATIENCE_COUNTING = 10_000;
 
 export interface Ended {
   /** Exit code of the command; null: the machine ended before it did. */
@@ -49,7 +53,7 @@ export async function boot(
   using testbed = Testbed.open();
   const work = testbed.directory('kernel');
   const file = (name: string) => join(work, name);
-  writeFileSync(file('guest.sh'), guestScript(kernel, root, command));
+  writeFileSync(file('guest.sh'), guestScript(kernel, root, command, countInstructions ? PATIENCE_COUNTING : PATIENCE));
   makeInitramfs(kernel, work);
 
   const socket = file('fs.sock');
@@ -158,7 +162,7 @@ done
 exec switch_root /new /bin/sh /run/guest.sh
 `;
 
-function guestScript(kernel: Kernel, root: string, command: string): string {
+function guestScript(kernel: Kernel, root: string, command: string, patience: number): string {
   return `# The first process of the machine, in its real root.
 port() {
   for port in /sys/class/virtio-ports/*; do
@@ -175,7 +179,7 @@ mount -t tmpfs tmpfs /dev/shm
 mount --bind ${quoted(join(kernel.root, 'lib/modules'))} /usr/lib/modules
 ip link set lo up
 export PATH=${quoted(join(root, 'node_modules/.bin'))}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-export HOME=/root TMPDIR=/run/tmp REPORT=/run/report AMBIENT_REDIRECT_PATIENCE=${PATIENCE}
+export HOME=/root TMPDIR=/run/tmp REPORT=/run/report AMBIENT_REDIRECT_PATIENCE=${patience}
 cd ${quoted(root)}
 (
 ${command}

@@ -10,6 +10,7 @@ import { existsSync, mkdirSync, rmdirSync, writeFileSync } from 'node:fs';
 import { request } from 'node:http';
 import { join } from 'node:path';
 import { loadNative } from '../../plugin/addon.ts';
+import { ApiError, ApiUnreachable } from '../../plugin/agent/kubernetes/api.ts';
 import type { ExclusionRule } from '../../plugin/native.ts';
 import { makePods } from '../bench/pods.ts';
 import type { Recording } from '../bench/record.ts';
@@ -27,6 +28,12 @@ import type { ControlPlane, PodSpec } from './control-plane.ts';
 import { Front } from './front.ts';
 
 export const REDIRECTION = 'ambient.istio.io/redirection';
+/** Pods that are made at a time: as many as the client has connections. */
+const CREATORS = 8;
+/** A refused request is sent again so often, 0.1 to 6.4 s apart. */
+const TRIES = 7;
+/** Pods that one process records: within a command's time limit on a busy machine too. */
+const RECORDED_AT_ONCE = 250;
 /** Names of nodes in a test file's API server. */
 export const NODE_PREFIX = 'node-';
 
@@ -54,6 +61,8 @@ export class Site {
   readonly nodeName: string;
   tokenFile: string;
   agent: Running | undefined;
+  /** what the API server answered idlePods() before it did what was asked */
+  readonly refusals: string[] = [];
   readonly #processes: (() => Promise<void>)[] = [];
   #agents = 0;
   #sandboxes = 0;
@@ -175,29 +184,54 @@ export class Site {
     const { plane, topology, nodeName } = this;
     const pods = makePods(topology.testbed, topology.node, count);
     const uids: string[] = [];
-    const create = async (index: number) => {
-      const name = `pod-${index}`;
-      uids[index] = await plane.createPod({ namespace, name, node: nodeName });
-      const { addresses } = pods[index] as (typeof pods)[number];
-      await plane.setPodStatus(namespace, name, 'Running', [addresses[4], addresses[6]]);
+    let next = 0;
+    const work = async () => {
+      for (let index = next++; index < count; index = next++) {
+        const name = `pod-${index}`;
+        uids[index] = await this.#persist(async (tries) => {
+          // A request whose answer was lost may have been carried out.
+          const there = tries > 0 ? await plane.pod(namespace, name) : null;
+          return there === null
+            ? plane.createPod({ namespace, name, node: nodeName })
+            : (there.metadata as { uid: string }).uid;
+        });
+        const { addresses } = pods[index] as (typeof pods)[number];
+        const ips = [addresses[4], addresses[6]];
+        await this.#persist(() => plane.setPodStatus(namespace, name, 'Running', ips));
+      }
     };
-    for (let i = 0; i < count; i += 20) {
-      await Promise.all(pods.slice(i, i + 20).map((_, offset) => create(i + offset)));
-    }
-    const recording: Recording = {
-      entry: this.agentEntry(),
-      network: 'pods',
-      pods: pods.map(({ containerId, namespace: netns }, i) => ({
-        containerId,
-        netns: `/run/netns/${netns}`,
-        namespace,
-        name: `pod-${i}`,
-        uid: uids[i] ?? '',
-      })),
-    };
+    await Promise.all(Array.from({ length: CREATORS }, work));
     const program = join(import.meta.dirname, '../bench/record.ts');
-    must(topology.node.argv([process.execPath, program]), JSON.stringify(recording));
+    for (let i = 0; i < count; i += RECORDED_AT_ONCE) {
+      const recording: Recording = {
+        entry: this.agentEntry(),
+        network: 'pods',
+        pods: pods.slice(i, i + RECORDED_AT_ONCE).map(({ containerId, namespace: netns }, offset) => ({
+          containerId,
+          netns: `/run/netns/${netns}`,
+          namespace,
+          name: `pod-${i + offset}`,
+          uid: uids[i + offset] ?? '',
+        })),
+      };
+      must(topology.node.argv([process.execPath, program]), JSON.stringify(recording));
+    }
     return uids;
+  }
+
+  /** Again while the API server is too busy (429, 5xx) or hangs up: each such answer is kept in `refusals`. */
+  async #persist<T>(send: (tries: number) => Promise<T>): Promise<T> {
+    for (let tries = 0; ; tries++) {
+      try {
+        return await send(tries);
+      } catch (error) {
+        const isBusy = error instanceof ApiError && (error.status === 429 || error.status >= 500);
+        if (tries === TRIES || !(isBusy || error instanceof ApiUnreachable)) throw error;
+        this.refusals.push((error as Error).message);
+        const wait = (error instanceof ApiError && error.retryAfterMs) || 100 * 2 ** tries;
+        await new Promise((resolve) => setTimeout(resolve, wait));
+      }
+    }
   }
 
   /** Another sandbox of a pod whose first one is gone, and its report. */
@@ -286,7 +320,8 @@ print(answer.status); print(answer.read().decode())`;
 
   /** Value of a metric with exactly these labels; 0 if it is not there. */
   async metric(name: string, labels: Record<string, string> = {}): Promise<number> {
-    const { body } = await this.page('15014/metrics');
+    const { status, body } = await this.page('15014/metrics');
+    if (status !== 200) throw new Error(`/metrics: ${status}: ${body}`);
     const text = Object.entries(labels)
       .map(([key, value]) => `${key}="${value}"`)
       .join(',');

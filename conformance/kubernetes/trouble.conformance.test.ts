@@ -192,7 +192,12 @@ describe.runIf(missingControlPlane() === undefined)('trouble with kube-apiserver
       'only what is there is recorded',
       async () => (await site.attachments()).length === stay.length,
       20_000,
-    );
+    ).catch(async (error: Error) => {
+      const rows = (await site.attachments()).map(({ name, uid, role: what, state }) => ({ name, uid, what, state }));
+      throw new Error(
+        `${error.message}: ${JSON.stringify(rows)}; the agent said:\n${site.agent?.output.slice(-4_000)}`,
+      );
+    });
     expect((await site.attachments()).map((row) => `${row.name} ${row.role} ${row.state}`).sort()).toEqual([
       'stay-0 pod attached',
       'stay-1 pod attached',
@@ -336,11 +341,13 @@ describe.runIf(missingControlPlane() === undefined)('trouble with kube-apiserver
   });
 
   test('the state is removed and made anew beside the agent, as by uninstall and install', async () => {
-    site.startAgent({ reconcileSeconds: 1 });
+    // It is not the next period that notices.
+    site.startAgent({ reconcileSeconds: 3_600 });
     const web = await enrolled('web');
     await site.untilReady();
     await site.process(web);
     rmSync(site.topology.stateDir, { recursive: true });
+    await until('it is noticed', () => site.log().some(({ msg }) => /^the state was removed/.test(String(msg))));
     await enrolled('later');
     const rows = async () =>
       (await site.attachments()).map(({ name, role: what, state }) => `${name} ${what} ${state}`);

@@ -73,7 +73,11 @@ export async function churn(ground: Ground): Promise<void> {
     const manifest = node.path('/etc/kubernetes/manifests/fixed.yaml');
     // A static pod cannot wait for a service account.
     writeFileSync(manifest, JSON.stringify(pod({ namespace: SHOP, name: 'fixed', ...SERVER })));
-    const fixed = await cluster.untilReady(SHOP, `fixed-${TWO}`);
+    const fixed = await cluster.untilReady(SHOP, `fixed-${TWO}`).catch((error: Error) => {
+      // It is no part of the sections after this one.
+      rmSync(manifest);
+      throw error;
+    });
     await cluster.untilPod(
       SHOP,
       `fixed-${TWO}`,

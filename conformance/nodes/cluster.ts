@@ -8,6 +8,7 @@ import { request } from 'node:https';
 import { join } from 'node:path';
 import type { Api } from '../../plugin/agent/kubernetes/api.ts';
 import { CHART, helmProgram } from '../chart/helm.ts';
+import { CONTAINERD, containerdDirectory, missingContainerd } from '../containerd/build.ts';
 import { ControlPlane } from '../kubernetes/control-plane.ts';
 import { type ExecOptions, exec, must, type Running, type Testbed, until } from '../netns.ts';
 import { type NodePrograms, nodePrograms } from './build.ts';
@@ -91,6 +92,8 @@ export class Cluster {
     const cluster = new Cluster(testbed, plane, programs, { current: currentImage(), next: await nextImage() });
     cluster.#startControllers();
     const { current, next } = cluster.images;
+    // The second node's is the newer one.
+    const newer = missingContainerd() === undefined ? await containerdDirectory() : undefined;
     const images = [await meshImage(testbed.directory('mesh-image')), current.archive, next.archive];
     const server = `https://${CONTROL}:${plane.port}`;
     await Promise.all(
@@ -104,6 +107,7 @@ export class Cluster {
           programs,
           api,
           images,
+          ...(index === 1 && newer !== undefined && { containerd: newer }),
         });
       }),
     );
@@ -111,15 +115,17 @@ export class Cluster {
     return cluster;
   }
 
-  /** What it is made of. */
+  /** What it is made of; a node's runtime as its kubelet tells it. */
   async description(): Promise<string> {
     const { items } = await this.api.list('/api/v1/nodes');
-    return (items as { metadata: { name: string }; status: { nodeInfo: Record<string, string> } }[])
+    const missing = missingContainerd();
+    const nodes = (items as { metadata: { name: string }; status: { nodeInfo: Record<string, string> } }[])
       .map(
         ({ metadata, status }) =>
           `${metadata.name}: kubelet ${status.nodeInfo.kubeletVersion}, ${status.nodeInfo.containerRuntimeVersion}`,
       )
       .join('; ');
+    return missing === undefined ? nodes : `${nodes}; no containerd ${CONTAINERD}: ${missing}`;
   }
 
   get api(): Api {

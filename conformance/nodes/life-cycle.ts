@@ -6,6 +6,7 @@ import { failures } from './failures.ts';
 import type { Ground } from './ground.ts';
 import { before, enrol, install } from './install.ts';
 import { neighbours } from './neighbours.ts';
+import { quickStart } from './quick-start.ts';
 import { dumps, removal } from './removal.ts';
 import { upgrade } from './upgrade.ts';
 
@@ -13,6 +14,11 @@ export async function lifeCycle(ground: Ground, only: readonly string[] | undefi
   const wanted = (section: string) => only === undefined || only.includes(section);
   if (!(await before(ground))) return;
   const clean = await dumps(ground);
+  // The quick start is one's own way in and out.
+  if (only?.join() === '7') {
+    await quickStart(ground);
+    return;
+  }
   if (!(await install(ground))) return;
   if (wanted('1')) await enrol(ground);
   else {
@@ -26,4 +32,5 @@ export async function lifeCycle(ground: Ground, only: readonly string[] | undefi
   if (wanted('4')) await failures(ground);
   if (wanted('5')) await neighbours(ground);
   if (wanted('6')) await removal(ground, clean);
+  if (wanted('6') && wanted('7')) await quickStart(ground);
 }

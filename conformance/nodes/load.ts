@@ -5,7 +5,7 @@ import { until } from '../netns.ts';
 import type { PodObject } from './cluster.ts';
 import type { Ground } from './ground.ts';
 import { role } from './manifests.ts';
-import { logLines } from './mesh.ts';
+import { logLines, troubles } from './mesh.ts';
 
 export interface Result {
   number: number;
@@ -80,9 +80,12 @@ export class Load {
     if (failure !== undefined) throw failure;
     const failed = results.filter(({ error }) => error !== undefined);
     if (!lossy && failed.length > 0) {
-      const [first] = failed;
+      const [first, last] = [failed[0], failed.at(-1)];
+      const kinds = [...new Set(failed.map(({ error }) => error))].join(', ');
+      const proxies = troubles(this.#ground.cluster, first?.begun ?? 0, (last?.begun ?? 0) + (last?.ms ?? 0));
       throw new Error(
-        `${failed.length} of ${results.length} requests of ${this.name} failed: ${JSON.stringify(first)}`,
+        `${failed.length} of ${results.length} requests of ${this.name} failed (${kinds}), ${JSON.stringify(first)} ` +
+          `to ${JSON.stringify(last)}; troubles of the proxies meanwhile: ${proxies}`,
       );
     }
     const wrong = results.filter(

@@ -6,6 +6,7 @@
 
 import { spawn } from 'node:child_process';
 import { parseArgs } from 'node:util';
+import { containerdDirectory, missingContainerd } from '../containerd/build.ts';
 import { requireExecutable } from '../e2e/topology.ts';
 import { missingControlPlane } from '../kubernetes/build.ts';
 import { Testbed } from '../netns.ts';
@@ -31,9 +32,10 @@ async function outside(): Promise<number> {
   if (missing !== undefined) throw new Error(`no Kubernetes to test with: ${missing}`);
   requireExecutable();
   const begun = performance.now();
-  const { kubelet } = await nodePrograms();
+  const programs = [(await nodePrograms()).kubelet];
+  if (missingContainerd() === undefined) programs.push(await containerdDirectory());
   const seconds = (performance.now() - begun) / 1000;
-  if (seconds > 5) console.log(`built ${kubelet} in ${seconds.toFixed(0)} s`);
+  if (seconds > 5) console.log(`built ${programs.join(' and ')} in ${seconds.toFixed(0)} s`);
   const { version } = await nextImage();
   console.log(`images: ${currentImage().version}, and ${version} to upgrade to`);
   const argv = ['--net', '--', process.execPath, import.meta.filename, ...process.argv.slice(2), '--inside'];

@@ -38,21 +38,47 @@ export function logLines(cluster: Cluster, pod: PodObject, container = 'app'): R
   );
 }
 
-/** What the proxies of all nodes have seen, dead ones included as long as their log is there. */
+/** The words of a node's proxies, of dead ones too as long as their log is there. */
+function proxyLines(cluster: Cluster, node: string): Record<string, unknown>[] {
+  const pods = join(cluster.node(node).disk, 'upper/var/log/pods');
+  if (!existsSync(pods)) return [];
+  return readdirSync(pods)
+    .filter((name) => name.startsWith(`${SYSTEM}_ztunnel-`))
+    .flatMap((directory) => {
+      const [namespace = '', name = '', uid = ''] = directory.split('_');
+      return logLines(cluster, { metadata: { namespace, name, uid }, spec: { nodeName: node } } as PodObject);
+    });
+}
+
+/** What the proxies of all nodes have seen. */
 export function sightings(cluster: Cluster): Sighting[] {
-  return cluster.nodes.flatMap((node) => {
-    const pods = join(node.disk, 'upper/var/log/pods');
-    if (!existsSync(pods)) return [];
-    return readdirSync(pods)
-      .filter((name) => name.startsWith(`${SYSTEM}_ztunnel-`))
-      .flatMap((directory) => {
-        const [namespace = '', name = '', uid = ''] = directory.split('_');
-        const pod = { metadata: { namespace, name, uid }, spec: { nodeName: node.name } } as PodObject;
-        return logLines(cluster, pod)
-          .filter(({ listener }) => listener !== undefined)
-          .map((line) => ({ node: node.name, ...line }) as unknown as Sighting);
-      });
-  });
+  return cluster.nodes.flatMap(({ name: node }) =>
+    proxyLines(cluster, node)
+      .filter(({ listener }) => listener !== undefined)
+      .map((line) => ({ node, ...line }) as unknown as Sighting),
+  );
+}
+
+/** What went wrong in the proxies between two moments, by their own words: "NODE: N x WHAT, ...". */
+export function troubles(cluster: Cluster, from: number, to: number): string {
+  const counts = new Map<string, number>();
+  for (const { name } of cluster.nodes) {
+    for (const { at, trouble } of proxyLines(cluster, name)) {
+      if (trouble === undefined || Number(at) < from || Number(at) > to) continue;
+      const what = `${name}: ${trouble}`;
+      counts.set(what, (counts.get(what) ?? 0) + 1);
+    }
+  }
+  const all = [...counts].map(([what, count]) => `${count} x ${what}`);
+  return all.length === 0 ? 'none' : all.slice(0, 12).join(', ');
+}
+
+/** The stand-in of the in-pod contract knows workloads from the API server, as ztunnel does: some time after kubelet. */
+function isKnown(cluster: Cluster, node: string, host: string): boolean {
+  const [newest] = proxyLines(cluster, node)
+    .filter(({ known }) => known !== undefined)
+    .sort((a, b) => Number(b.at) - Number(a.at));
+  return (newest?.known as string[] | undefined)?.includes(host) === true;
 }
 
 /** One request from a pod. Throws if it is not answered. */
@@ -88,6 +114,11 @@ export async function expectWay(
 ): Promise<Answer> {
   const source = address(from, url.includes('[') ? 6 : 4);
   const mine = () => sightings(cluster).filter((one) => one.source === source);
+  if (seen.some((one) => one.endsWith(' inboundHBONE'))) {
+    const host = new URL(url).hostname.replace(/[[\]]/g, '');
+    const node = from.spec.nodeName;
+    await until(`the proxy of ${node} knows ${host}`, () => isKnown(cluster, node, host), 20_000);
+  }
   const before = mine().length;
   const answer = await ask(cluster, from, url);
   const what = `${from.metadata.namespace}/${from.metadata.name} to ${url}`;

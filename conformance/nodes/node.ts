@@ -25,6 +25,8 @@ export interface NodeOptions {
   api: { server: string; caFile: string; token: string; proxyToken: string };
   /** files for ctr images import */
   images: string[];
+  /** where containerd, its shim and ctr are, if they are not the machine's */
+  containerd?: string;
 }
 
 /** Addresses of a node's pods, and of the node itself. */
@@ -66,9 +68,8 @@ export class RealNode {
     await node.boot();
     node.layOut();
     await node.startRuntime();
-    for (const file of options.images)
-      await node.run(['ctr', '-n', 'k8s.io', 'images', 'import', file], { timeout: 120_000 });
-    await node.run(['ctr', '-n', 'k8s.io', 'images', 'import', '-'], { input: busyboxArchive() });
+    for (const file of options.images) await node.ctr(['images', 'import', file], { timeout: 120_000 });
+    await node.ctr(['images', 'import', '-'], { input: busyboxArchive() });
     return node;
   }
 
@@ -189,10 +190,13 @@ export class RealNode {
 
   async startContainerd(): Promise<void> {
     rmSync(this.path(CRI_SOCKET), { force: true });
-    this.#daemon('containerd', ['containerd', '--config', '/etc/containerd/config.toml']);
+    // It finds its shim by PATH.
+    const path = [this.options.containerd, process.env.PATH].filter(Boolean).join(':');
+    const containerd = ['env', `PATH=${path}`, 'containerd', '--config', '/etc/containerd/config.toml'];
+    this.#daemon('containerd', containerd);
     await until(
       `${this.name}: containerd answers`,
-      async () => (await exec(this.argv(['ctr', 'version']))).status === 0,
+      async () => (await exec(this.argv([this.#ctr, 'version']))).status === 0,
       START_MS,
     ).catch((error: Error) => {
       throw new Error(`${error.message}: ${this.log('containerd')}`);
@@ -251,6 +255,15 @@ export class RealNode {
     return stdout;
   }
 
+  get #ctr(): string {
+    return join(this.options.containerd ?? '', 'ctr');
+  }
+
+  /** ctr on what kubelet's pods are in. */
+  async ctr(args: readonly string[], options: ExecOptions = {}): Promise<string> {
+    return this.run([this.#ctr, '-n', 'k8s.io', ...args], options);
+  }
+
   /** A process in the background whose parent is the node's process 1, as that of a service. */
   #daemon(name: string, command: readonly string[]): void {
     const log = join(this.logs, `${name}.log`);
@@ -269,7 +282,7 @@ export class RealNode {
 
   /** SIGKILL to a container's process 1: of a sandbox, that ends its pod's network namespace. */
   async killTask(containerId: string): Promise<void> {
-    await this.run(['ctr', '-n', 'k8s.io', 'task', 'kill', '-s', 'KILL', containerId]);
+    await this.ctr(['task', 'kill', '-s', 'KILL', containerId]);
   }
 
   log(name: string): string {

@@ -115,6 +115,19 @@ function dns(names: ReadonlyMap<string, string>): void {
   process.once('SIGTERM', () => process.exit(0));
 }
 
+const onFailed = (error: Error) => say({ at: Date.now(), trouble: error.message });
+
+/** A machine that is too busy is told from one that loses packets. */
+function sayWhenLate(): void {
+  const period = 100;
+  let last = Date.now();
+  setInterval(() => {
+    const late = Date.now() - last - period;
+    last = Date.now();
+    if (late > 500) say({ at: last, trouble: `late by ${late} ms` });
+  }, period);
+}
+
 async function ztunnelShared(): Promise<void> {
   const native = loadNative();
   const proxy = await TransparentProxy.start(native as never, {
@@ -122,8 +135,10 @@ async function ztunnelShared(): Promise<void> {
     address: '::',
     ports: ZTUNNEL_PORTS,
     onSeen: (connection) => say({ at: Date.now(), ...connection }),
+    onFailed,
   });
   say({ listening: true });
+  sayWhenLate();
   process.once('SIGTERM', async () => {
     // As ztunnel drains: what is open may end.
     proxy.stopListening();
@@ -141,6 +156,7 @@ async function ztunnelInPod(socket: string): Promise<void> {
     tokenFile: `${ACCOUNT}/token`,
   });
   let known: KnownWorkload[] = [];
+  let said = '';
   const learn = async () => {
     const { items } = await api.list('/api/v1/pods');
     known = (items as unknown as ApiPod[]).map(({ metadata, spec, status }) => ({
@@ -149,16 +165,30 @@ async function ztunnelInPod(socket: string): Promise<void> {
       serviceAccount: spec.serviceAccountName ?? 'default',
       addresses: (status.podIPs ?? []).map(({ ip }) => ip),
     }));
+    const addresses = known.flatMap((one) => one.addresses).sort();
+    if (addresses.join() === said) return;
+    said = addresses.join();
+    ztunnel?.learned();
+    say({ at: Date.now(), known: addresses });
   };
+  let ztunnel: StandInZtunnel | undefined;
   await learn();
-  setInterval(() => learn().catch((error: unknown) => say({ failed: String(error) })), 250);
-  const ztunnel = StandInZtunnel.start(loadNative() as never, {
+  // The next look when the last one has ended: on a busy machine they would pile up.
+  const follow = () =>
+    learn()
+      .catch((error: unknown) => say({ failed: String(error) }))
+      .finally(() => setTimeout(follow, 250));
+  void follow();
+  const started = StandInZtunnel.start(loadNative() as never, {
     socket,
     xds: () => known,
     onSeen: (uid, connection) => say({ at: Date.now(), uid, ...connection }),
+    onFailed,
   });
-  process.once('SIGTERM', () => void ztunnel.terminate());
-  process.exit(await ztunnel.exited);
+  ztunnel = started;
+  sayWhenLate();
+  process.once('SIGTERM', () => void started.terminate());
+  process.exit(await started.exited);
 }
 
 interface ApiPod {

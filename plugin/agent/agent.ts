@@ -20,21 +20,38 @@
 // from it, so that a restart loses nothing: it takes the lock, reads the state, and only then listens for ztunnel.
 
 import { EventEmitter } from 'node:events';
-import { ftruncateSync, mkdirSync, readFileSync, statSync, writeSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+import {
+  existsSync,
+  type FSWatcher,
+  ftruncateSync,
+  mkdirSync,
+  readFileSync,
+  statSync,
+  watch,
+  writeSync,
+} from 'node:fs';
+import { basename, dirname, join } from 'node:path';
 import type { AttachBody, AttachmentName, Decision } from '../agent-client.ts';
 import { attachmentKey, hex } from '../attachments.ts';
 import { CniError, Code } from '../cni/errors.ts';
 import { decide as decideTarget, enrolmentOf } from '../commands/target.ts';
-import { attachSteps, describePod, detachSteps, isDead, sweepDead, type Target, targetOf } from '../datapath.ts';
-import { beginDrain, isDraining, tryEndDrains } from '../drain.ts';
+import { attachSteps, describePod, isDead, sweepDead, type Target, targetOf } from '../datapath.ts';
+import { beginDrain, endDrainSteps, isDraining, tryEndDrains } from '../drain.ts';
 import { isUninstalled, rememberedInstall } from '../install/entry.ts';
 import { migrateAll, NO_CAPACITY } from '../migrate.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.ts';
 import { countPending, listPending, type PendingPod, removePending } from '../pending.ts';
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
 import { type PodIdentity, podIdentity } from '../redirect/enrolment.ts';
-import { hasCode, isNativeError, kernelReason, openState, supersededBy } from '../state.ts';
+import {
+  assertVariantInUse,
+  enterBeside,
+  hasCode,
+  isNativeError,
+  kernelReason,
+  openState,
+  supersededBy,
+} from '../state.ts';
 import { StepQueue } from '../steps.ts';
 import { ZdsError, ZdsServer } from '../zds/server.ts';
 import { type CgroupFinding, cgroupOf, isGone } from './cgroups.ts';
@@ -123,6 +140,7 @@ export class Agent {
     this.log = log;
     this.readiness.add('state', () => (this.#compared ? null : 'state and kernel have not been compared yet'));
     this.readiness.add('build', () => this.#superseded());
+    this.readiness.add('variant', () => this.#otherVariant());
     this.readiness.add('zds', () => (this.#zds === undefined ? `${settings.zdsSocket} is not served yet` : null));
   }
 
@@ -157,6 +175,7 @@ export class Agent {
   async stop(): Promise<void> {
     this.#stopped = true;
     clearTimeout(this.#timer);
+    this.#watched?.watcher.close();
     this.#zds?.close();
     await this.#truth?.stop();
     await this.#reconciling;
@@ -186,10 +205,7 @@ export class Agent {
       removePending(dirs.runDir, key);
       if (record.state !== 'attached' || record.role !== 'pod') continue;
       if (drain) this.#withState((state) => beginDrain(this.native, dirs, state, key, record));
-      else {
-        await this.steps.run(detachSteps(this.native, dirs, key));
-        await this.#recordOnly(record, key);
-      }
+      else await this.#takeOut(key);
     }
     await this.reconcile('unenrol');
   }
@@ -278,10 +294,7 @@ export class Agent {
       await this.#tell(key, now, DEADLINE_MS);
       if (!inMesh) this.log.info({ pod: describePod(now) }, 'enrolled late');
     } catch (error) {
-      if (!inMesh) {
-        await this.steps.run(detachSteps(this.native, this.#directories(), key));
-        await this.#recordOnly(now, key);
-      }
+      if (!inMesh) await this.#takeOut(key);
       throw error;
     }
   }
@@ -370,6 +383,16 @@ export class Agent {
     }
   }
 
+  /** No pod can be enrolled with what the entry says. */
+  #otherVariant(): string | null {
+    try {
+      assertVariantInUse(this.native, this.config);
+      return null;
+    } catch (error) {
+      return error instanceof CniError ? `${error.msg}: ${error.details}` : messageOf(error);
+    }
+  }
+
   /** What `install` does too: a node may get a new agent without it, and it may have been cut short. */
   #migrate(): void {
     // Where nobody has said what the plugin's entry is, the room that there is stays.
@@ -431,8 +454,35 @@ export class Agent {
     return before !== undefined && sign !== before && !isUninstalled(this.settings.runDir);
   }
 
+  #watched: { watcher: FSWatcher; parent: string } | undefined;
+
+  /**
+   * Links end with their last pin: whoever removes the state directory is noticed at once, and not within a period. The
+   * bpffs that it is in may be mounted later, or anew.
+   */
+  #watchState(): void {
+    const { stateDir } = this.settings;
+    const found = statSync(dirname(stateDir), { bigint: true, throwIfNoEntry: false });
+    const parent = found === undefined ? '' : `${found.dev} ${found.ino}`;
+    if (this.#watched?.parent === parent) return;
+    this.#watched?.watcher.close();
+    this.#watched = undefined;
+    if (found === undefined) return;
+    try {
+      const watcher = watch(dirname(stateDir), { persistent: false }, (_, name) => {
+        if (name === basename(stateDir) && !existsSync(stateDir)) void this.reconcile('state');
+      });
+      watcher.on('error', () => watcher.close());
+      this.#watched = { watcher, parent };
+    } catch (error) {
+      // Most likely the node has no inotify watch left: then it is noticed within a period.
+      this.log.warn({ stateDir, error: messageOf(error) }, 'the state directory cannot be watched');
+    }
+  }
+
   async #reconcile(): Promise<void> {
     if (this.#stopped) return;
+    this.#watchState();
     if (this.#isStateLost()) {
       this.metrics.drift.inc({ kind: 'state' });
       const { stateDir } = this.settings;
@@ -510,6 +560,7 @@ export class Agent {
       native,
       steps: this.steps,
       config: this.config,
+      periodMs: this.settings.reconcileSeconds * 1_000,
       onDrift: ({ kind, ...what }) => {
         metrics.drift.inc({ kind });
         log.error({ kind, ...what }, 'the kernel is not as recorded');
@@ -522,6 +573,14 @@ export class Agent {
       },
       onUnrepaired: (record, error) =>
         log.error({ pod: describePod(record), error: error.message }, 'could not be made again'),
+      isServed: (record) => {
+        const uid = this.registry.uidOf(hex(keyOf(native, record)));
+        return uid !== undefined && this.#zds?.isLive === true && this.#zds.answerOf(uid) === null;
+      },
+      serveAgain: async (record) => {
+        const uid = this.registry.uidOf(hex(keyOf(native, record)));
+        if (uid !== undefined) await this.#zds?.renew(uid, { deadlineMs: DEADLINE_MS });
+      },
       onTrouble: (error) => log.error({ error: error.message }, 'state and kernel could not be compared'),
     });
     truth.follow();
@@ -749,12 +808,19 @@ export class Agent {
     return { target: targetOf(key, record, 'pod'), config: this.config };
   }
 
-  async #recordOnly(record: AttachmentRecord, key: AttachmentKey): Promise<void> {
+  /** Programs off; the pod stays recorded as one that is not enrolled. */
+  async #takeOut(key: AttachmentKey): Promise<void> {
+    const dirs = this.#directories();
+    const leave = enterBeside(this.native, dirs.runDir);
+    const state = openState(this.native, dirs.stateDir);
     try {
-      const { config } = this.#targetOf(key, record);
-      await this.steps.run(attachSteps(this.native, config, targetOf(key, record, 'none')));
-    } catch (error) {
-      if (!(error instanceof CniError) || error.code !== Code.SANDBOX_NOT_FOUND) throw error;
+      const record = state === null ? null : this.native.getAttachment(state, key);
+      if (state !== null && record !== null) {
+        await this.steps.run(endDrainSteps(this.native, dirs, state, key, record));
+      }
+    } finally {
+      if (state !== null) this.native.closeState(state);
+      leave();
     }
   }
 
@@ -799,6 +865,10 @@ function podOf(record: AttachmentRecord): EnrolledPod {
     serviceAccount: record.serviceAccount,
     contract: record.contract,
   };
+}
+
+function keyOf(native: Native, { network, containerId, ifname }: AttachmentName): AttachmentKey {
+  return attachmentKey(native, network, containerId, ifname);
 }
 
 function enrolledOf({ uid, names }: Workload): EnrolledPod {

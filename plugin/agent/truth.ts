@@ -4,7 +4,7 @@
 // that nothing depends on the API: what it says is made again as it was.
 
 import { hex } from '../attachments.ts';
-import { listenerState } from '../cli/survey.ts';
+import { listenerState, listenersWithin } from '../cli/survey.ts';
 import {
   attachSteps,
   describePod,
@@ -15,7 +15,7 @@ import {
   targetOf,
   verify,
 } from '../datapath.ts';
-import { endDrainSteps } from '../drain.ts';
+import { endDrainSteps, isDraining } from '../drain.ts';
 import { isUninstalled } from '../install/entry.ts';
 import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.ts';
 import type { RedirectConfig } from '../redirect/config.ts';
@@ -37,12 +37,18 @@ export interface TruthOptions {
   native: Native;
   steps: StepQueue;
   config: RedirectConfig;
+  /** how often compare() is called for everything */
+  periodMs: number;
   onDrift: (drift: Drift) => void;
   onRepaired: (record: AttachmentRecord) => void;
   /** its interface is gone while its namespace is not: it is recorded as one that is not enrolled */
   onForgotten: (record: AttachmentRecord) => void;
   /** it stays as it is until the next comparison */
   onUnrepaired: (record: AttachmentRecord, error: Error) => void;
+  /** ztunnel has acknowledged a pod of the contract "in-pod", and so has listeners there */
+  isServed: (record: AttachmentRecord) => boolean;
+  /** has ztunnel open its listeners in a pod anew; rejects where it does not */
+  serveAgain: (record: AttachmentRecord) => Promise<void>;
   /** a comparison could not be made */
   onTrouble: (error: Error) => void;
   /** a comparison has ended; seconds that it took */
@@ -63,11 +69,18 @@ const SECOND_LOOK_MS = 300;
 const EVENT_DELAY_MS = 50;
 /** Kernel calls are synchronous: how long others wait at most. */
 const SLICE_MS = 10;
+/**
+ * Periods between two times that ztunnel is to open its listeners in one pod anew, which ends what the pod has open
+ * through it: after the first time, and at most. A pod that was whole for as long as the latter begins anew.
+ */
+const RENEWAL_PERIODS = [4, 20] as const;
 
 export class Truth {
   readonly #options: TruthOptions;
   /** "KEY PORT FAMILY" of listeners that were there when last looked at */
   readonly #listening = new Set<string>();
+  /** by key, of pods whose listeners ztunnel was to open anew; times of performance.now() */
+  readonly #renewals = new Map<string, { last: number; waitMs: number }>();
   readonly #changed = new Set<number>();
   #running: Promise<unknown> = Promise.resolve();
   #eventTimer: NodeJS.Timeout | undefined;
@@ -137,6 +150,7 @@ export class Truth {
       }
       if (ifindexes === undefined) {
         this.#compareListeners(state, records);
+        await this.#compareListenersInPods(state, records);
         onCompared?.((performance.now() - started) / 1000, records.length);
       }
     } finally {
@@ -146,6 +160,13 @@ export class Truth {
 
   async #suspects(state: State, records: readonly Recorded[]): Promise<Recorded[]> {
     const suspects: Recorded[] = [];
+    await this.#eachInSlices(records, (recorded) => {
+      if (this.#findings(state, recorded).length > 0) suspects.push(recorded);
+    });
+    return suspects;
+  }
+
+  async #eachInSlices(records: readonly Recorded[], look: (recorded: Recorded) => void): Promise<void> {
     let slice = performance.now();
     for (const recorded of records) {
       if (performance.now() - slice > SLICE_MS) {
@@ -153,13 +174,12 @@ export class Truth {
         slice = performance.now();
       }
       try {
-        if (this.#findings(state, recorded).length > 0) suspects.push(recorded);
+        look(recorded);
       } catch (error) {
         // One pod that cannot be looked at is no reason not to look at the others.
         this.#options.onUnrepaired(recorded.record, error as Error);
       }
     }
-    return suspects;
   }
 
   #findings(state: State, { key, record }: Recorded): Finding[] {
@@ -192,7 +212,82 @@ export class Truth {
     }
   }
 
-  /** Whether a proxy listens is its own affair: a listener that has gone is named and counted once, not repaired. */
+  /**
+   * ztunnel opens a pod's listeners when it is told of the pod. Where one is gone although it has acknowledged the pod,
+   * it is told to forget the pod and then of it anew; other pods are not touched.
+   */
+  async #compareListenersInPods(state: State, records: readonly Recorded[]): Promise<void> {
+    const suspects: Recorded[] = [];
+    await this.#eachInSlices(records, (recorded) => {
+      if (this.#missingListeners(state, recorded).length > 0) suspects.push(recorded);
+      else this.#forgetRenewal(hex(recorded.key));
+    });
+    if (suspects.length === 0) return;
+    // ztunnel may be about to end, or to be told that the pod has gone.
+    await new Promise((resolve) => setTimeout(resolve, SECOND_LOOK_MS));
+    for (const { key } of suspects) await this.#renewListeners(state, key);
+  }
+
+  async #renewListeners(state: State, key: AttachmentKey): Promise<void> {
+    const { native, onDrift, onRepaired, onUnrepaired, serveAgain } = this.#options;
+    await new Promise(setImmediate);
+    const record = native.getAttachment(state, key);
+    if (this.#stopped || record === null) return;
+    const missing = this.#missingListeners(state, { key, record });
+    if (missing.length === 0 || !this.#mayRenew(hex(key))) return;
+    for (const port of missing) {
+      onDrift({
+        kind: 'listener',
+        pod: describePod(record),
+        object: `listener on port ${port}`,
+        expected: 'listening',
+        found: 'missing',
+      });
+    }
+    try {
+      await serveAgain(record);
+      const still = this.#missingListeners(state, { key, record });
+      if (still.length > 0) throw new Error(`ztunnel has acknowledged it anew and does not listen on ${still.join()}`);
+      onRepaired(record);
+    } catch (error) {
+      onUnrepaired(record, error as Error);
+    }
+  }
+
+  /** Ports that ztunnel is to listen on in a pod, and does in neither family. Which families it serves is its own affair. */
+  #missingListeners(state: State, { record }: Recorded): number[] {
+    const { native, isServed } = this.#options;
+    const isPod = record.contract === 'in-pod' && record.role === 'pod' && record.state === 'attached';
+    if (!isPod || isDraining(native, record) || !isServed(record)) return [];
+    return listenersWithin(native, state, record)
+      .filter(({ ipv4, ipv6 }) => ipv4 === 'missing' && ipv6 === 'missing')
+      .map(({ port }) => port);
+  }
+
+  get #renewalMs(): [first: number, longest: number] {
+    const [first, longest] = RENEWAL_PERIODS;
+    return [first * this.#options.periodMs, longest * this.#options.periodMs];
+  }
+
+  #mayRenew(id: string): boolean {
+    const [first, longest] = this.#renewalMs;
+    const before = this.#renewals.get(id);
+    const now = performance.now();
+    if (before !== undefined && now - before.last < before.waitMs) return false;
+    const waitMs = before === undefined ? first : Math.min(longest, before.waitMs * 2);
+    this.#renewals.set(id, { last: now, waitMs });
+    return true;
+  }
+
+  #forgetRenewal(id: string): void {
+    const before = this.#renewals.get(id);
+    if (before !== undefined && performance.now() - before.last > this.#renewalMs[1]) this.#renewals.delete(id);
+  }
+
+  /**
+   * Shared contract: only the proxy can open its listeners, and whoever runs it starts it again. One that has gone is
+   * named and counted once.
+   */
   #compareListeners(state: State, records: readonly Recorded[]): void {
     const { native, onDrift } = this.#options;
     const listed = native.getProxies(state).proxies;

@@ -40,7 +40,9 @@ export function settingsOf(options: DirectoryOptions & { conf?: string }): Setti
   const stateDir = options.stateDir ?? (entry.stateDir === undefined ? fromEnvironment() : undefined);
   if (stateDir !== undefined) entry.stateDir = stateDir;
   if (options.runDir !== undefined) entry.runDir = options.runDir;
-  return { config: parseConfig(entry), network: file?.network ?? COMMAND_LINE_NETWORK };
+  const config = parseConfig(entry);
+  if (file === undefined) return { config: { ...config, variant: null }, network: COMMAND_LINE_NETWORK };
+  return { config, network: file.network };
 }
 
 interface FoundEntry {

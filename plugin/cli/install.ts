@@ -86,13 +86,16 @@ async function uninstallOnce(terminal: Terminal, values: Values<typeof UNINSTALL
       api.close();
     }
   };
-  const { pods, cut, executableKept } = await uninstall(
+  const { pods, cut, executable } = await uninstall(
     loadNative(),
     { ...values, netDir: cniNetDir, binDir: cniBinDir, unannotate },
     (line) => terminal.out(`${line}\n`),
   );
   if (cut > 0) terminal.err(`${count(cut, 'connection')} through the proxy cut\n`);
   terminal.out(`${count(pods.length, 'pod')} unenrolled\n`);
-  if (executableKept === '') terminal.out(`removed ${cniBinDir}/ambient-redirect\n`);
-  else terminal.err(`${cniBinDir}/ambient-redirect stays: ${executableKept}\n`);
+  const path = `${cniBinDir}/ambient-redirect`;
+  if (typeof executable === 'object') terminal.err(`${path} stays: ${executable.kept}\n`);
+  else if (executable === 'removed') terminal.out(`removed ${path}\n`);
+  else if (executable === 'absent') terminal.out(`${path}: not there\n`);
+  else terminal.err(`${cniBinDir} does not exist here: if the node has ${path}, it stays\n`);
 }

@@ -167,8 +167,11 @@ function isInPod({ role, contract }: AttachmentRecord): boolean {
   return role === 'pod' && contract === 'in-pod';
 }
 
-/** What the programs in the pod would find: listeners without the proxy's mark are nothing to them. */
-function listenersWithin(native: Native, state: State, record: AttachmentRecord): WantedListener[] {
+/**
+ * What the programs in the pod would find: listeners without the proxy's mark are nothing to them. [] for a pod whose
+ * interface they do not know.
+ */
+export function listenersWithin(native: Native, state: State, record: AttachmentRecord): WantedListener[] {
   const ports = native.getInterface(state, record.interfaceId)?.ports;
   if (ports === undefined) return [];
   const listeners = inRecordedNetns(native, record, (netns) =>

@@ -11,6 +11,8 @@ import { count } from './survey.ts';
 import type { Terminal } from './terminal.ts';
 
 const POLL_MS = 1_000;
+/** How often it is said again that the API server cannot be reached. */
+const SAY_AGAIN_MS = 30_000;
 
 interface DaemonSet {
   metadata: { uid: string; generation: number; deletionTimestamp?: string };
@@ -32,16 +34,16 @@ export async function waitUninstalled(
   if (access === undefined) throw new Error('--kube-api is needed: there is no KUBERNETES_SERVICE_HOST');
   const [removal, agents] = [path('--daemon-set', values.daemonSet), path('--agents', values.agents)];
   const api = new Api(access);
+  const patience = new Patience(terminal, performance.now() + values.timeout * 1_000);
   try {
-    const deadline = performance.now() + values.timeout * 1_000;
-    let nodes = await everyNodeLeft(api, removal, deadline, terminal);
-    const there = (await patient(deadline, () => api.get(agents))) as DaemonSet | null;
+    let nodes = await everyNodeLeft(api, removal, patience, terminal);
+    const there = (await patience.call(() => api.get(agents))) as DaemonSet | null;
     if (there !== null) {
-      await patient(deadline, () => api.delete(agents, there.metadata.uid, true));
-      await until(deadline, async () => ((await api.get(agents)) === null ? true : `${values.agents} has pods`));
+      await patience.call(() => api.delete(agents, there.metadata.uid, true));
+      await patience.until(async () => ((await api.get(agents)) === null ? true : `${values.agents} has pods`));
       terminal.out(`removed ${values.agents}\n`);
       // A node that has come meanwhile.
-      nodes = await everyNodeLeft(api, removal, deadline, terminal);
+      nodes = await everyNodeLeft(api, removal, patience, terminal);
     }
     terminal.out(`${count(nodes, 'node')} left\n`);
     return 0;
@@ -50,10 +52,10 @@ export async function waitUninstalled(
   }
 }
 
-async function everyNodeLeft(api: Api, removal: string, deadline: number, terminal: Terminal): Promise<number> {
+async function everyNodeLeft(api: Api, removal: string, patience: Patience, terminal: Terminal): Promise<number> {
   let said = '';
   let nodes = 0;
-  await until(deadline, async () => {
+  await patience.until(async () => {
     const found = (await api.get(removal)) as DaemonSet | null;
     if (found === null) throw new Error(`there is no ${removal}`);
     const {
@@ -90,24 +92,46 @@ async function whichNot(api: Api, removal: string, { spec }: DaemonSet): Promise
   return not.length === 0 ? '' : `, not yet: ${not.sort().join(', ')}`;
 }
 
-/** `look` returns why it is not so yet. Throws when the time is over, with that. */
-async function until(deadline: number, look: () => Promise<true | string>): Promise<void> {
-  for (;;) {
-    const seen = await patient(deadline, look);
-    if (seen === true) return;
-    if (performance.now() >= deadline) throw new Error(`given up: ${seen}`);
-    await delay(POLL_MS);
-  }
-}
+/** Goes on until a moment of performance.now(), also while the API server is away, which it says. */
+class Patience {
+  readonly #terminal: Terminal;
+  readonly #deadline: number;
+  /** when it was last said that the API server is away; undefined: it is not, or is once more */
+  #said: number | undefined;
 
-/** An API server that is away for a moment is waited for. */
-async function patient<T>(deadline: number, call: () => Promise<T>): Promise<T> {
-  for (;;) {
-    try {
-      return await call();
-    } catch (error) {
-      if (!(error instanceof ApiUnreachable) || performance.now() >= deadline) throw error;
+  constructor(terminal: Terminal, deadline: number) {
+    this.#terminal = terminal;
+    this.#deadline = deadline;
+  }
+
+  /** `look` returns why it is not so yet. Throws when the time is over, with that. */
+  async until(look: () => Promise<true | string>): Promise<void> {
+    for (;;) {
+      const seen = await this.call(look);
+      if (seen === true) return;
+      if (performance.now() >= this.#deadline) throw new Error(`given up: ${seen}`);
       await delay(POLL_MS);
+    }
+  }
+
+  /** Throws what `call` throws; ApiUnreachable only when the time is over. */
+  async call<T>(call: () => Promise<T>): Promise<T> {
+    for (;;) {
+      try {
+        const result = await call();
+        if (this.#said !== undefined) this.#terminal.err('the API server answers again\n');
+        this.#said = undefined;
+        return result;
+      } catch (error) {
+        const now = performance.now();
+        if (!(error instanceof ApiUnreachable) || now >= this.#deadline) throw error;
+        if (this.#said === undefined || now - this.#said >= SAY_AGAIN_MS) {
+          const left = Math.ceil((this.#deadline - now) / 1_000);
+          this.#terminal.err(`the API server cannot be reached, trying for ${left} s more: ${error.message}\n`);
+          this.#said = now;
+        }
+        await delay(POLL_MS);
+      }
     }
   }
 }

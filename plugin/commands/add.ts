@@ -14,7 +14,7 @@ import { createLog, type Log } from '../log.ts';
 import type { AttachmentRecord, Native } from '../native.ts';
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
 import { podIdentity } from '../redirect/enrolment.ts';
-import { assertOtherNetns, openSandbox } from '../sandbox.ts';
+import { assertOtherNetns, openSandbox, requireLink } from '../sandbox.ts';
 import { stepError } from '../state.ts';
 import { type Decision, decide, enrolmentOf } from './target.ts';
 
@@ -73,12 +73,10 @@ function attachPod(
     const decision = decide(native, request, netns, config, answer?.enrol);
     const { target, reason } = decision;
     if (answer !== undefined) target.pod.serviceAccount = answer.serviceAccount;
-    if (native.linkByName(netns, ifname) === null) {
-      throw new CniError(Code.SANDBOX_NOT_FOUND, `interface ${ifname} not found`, `there is none in ${path}`);
-    }
+    const pod = requireLink(native, netns, path, ifname);
     log.debug(`${containerId} ${ifname}: ${target.role}, ${answer?.later ?? reason}`);
     try {
-      return { decision, record: attach(native, decision.config, target) };
+      return { decision, record: attach(native, decision.config, target, { netns, pod }) };
     } catch (error) {
       // The record of a pod that is not in the mesh is a convenience for the agent. A node whose state is broken
       // must still start such pods, the one that repairs it among them.

@@ -12,7 +12,7 @@ import { createLog } from '../log.ts';
 import type { AttachmentRecord, ExclusionRule, Native, State } from '../native.ts';
 import { parseConfig, type RedirectConfig } from '../redirect/config.ts';
 import { exclusionRules } from '../redirect/exclusions.ts';
-import { assertOtherNetns, openSandbox } from '../sandbox.ts';
+import { assertOtherNetns, openSandbox, requireLink } from '../sandbox.ts';
 import { beside, knownStateDirs, openState, stepError } from '../state.ts';
 import { type Decision, decide } from './target.ts';
 
@@ -24,10 +24,7 @@ export function check(native: Native, request: Request): void {
     // Never depends on the agent: what it answered at ADD is what is recorded.
     const answer = config.enrollment === 'agent' ? isRecordedInMesh(native, request, config) : undefined;
     const decision = decide(native, request, netns, config, answer);
-    if (native.linkByName(netns, request.ifname) === null) {
-      const details = `there is none in ${request.netns}`;
-      throw new CniError(Code.SANDBOX_NOT_FOUND, `interface ${request.ifname} not found`, details);
-    }
+    requireLink(native, netns, request.netns, request.ifname);
     beside(native, config.runDir, () => checkBeside(native, config, netns, decision));
   } catch (error) {
     throw stepError(Code.STATE_FAILED, `check ${request.ifname} in ${request.netns}`, error);

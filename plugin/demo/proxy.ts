@@ -19,6 +19,8 @@ export interface ProxyOptions {
   ports: Readonly<Record<ListenerName, number>>;
   inPod?: InPodOptions;
   onSeen?: (connection: SeenConnection) => void;
+  /** one that was accepted and then reset, since its other leg could not be had */
+  onFailed?: (error: Error) => void;
 }
 
 /** How ztunnel's sockets in a pod differ: they share their ports with another ztunnel's, and are told by their mark. */
@@ -40,6 +42,8 @@ export interface SeenConnection {
 const CONNECT_TIMEOUT_MS = 5_000;
 /** How long ztunnel waits for XDS to name the workload of a connection that it has accepted. */
 const UNKNOWN_WORKLOAD_MS = 5_000;
+/** For a CONNECT and its answer: the process at the other end may be late on a busy machine. */
+const PREAMBLE_TIMEOUT_MS = 30_000;
 const PREAMBLE_LIMIT = 1_024;
 const BACKLOG = 128;
 const LISTENERS: readonly ListenerName[] = ['outbound', 'inboundPlaintext', 'inboundHBONE'];
@@ -109,7 +113,10 @@ export class TransparentProxy {
     // allowHalfOpen: a client that has sent all it has may still be waiting for the answer.
     const server = createServer({ allowHalfOpen: true, pauseOnConnect: true }, (socket) => {
       this.#own(socket);
-      this.#serve(name, socket).catch(() => reset(socket));
+      this.#serve(name, socket).catch((error: Error) => {
+        this.#options.onFailed?.(error);
+        reset(socket);
+      });
     });
     this.#servers.push(server);
     await listenOn(server, fd);
@@ -238,7 +245,7 @@ function readPreamble(socket: Socket): Promise<string> {
       if (error) reject(error);
       else resolve(text);
     };
-    const timer = setTimeout(() => finish(new Error('no preamble in time')), CONNECT_TIMEOUT_MS);
+    const timer = setTimeout(() => finish(new Error('no preamble in time')), PREAMBLE_TIMEOUT_MS);
     const ended = () => finish(new Error('closed within the preamble'));
     const read = () => {
       for (let chunk = socket.read(); chunk !== null; chunk = socket.read()) {

@@ -14,6 +14,8 @@ export interface ZtunnelProcessOptions {
   /** JSON of Misbehaviour */
   misbehaviour?: string;
   drainMs?: string;
+  /** uid of the pod whose listeners it loses at SIGUSR2 */
+  deafTo?: string;
 }
 
 /** @returns the exit code that ztunnel ends with: 0 after SIGTERM, 1 after a message that it does not survive */
@@ -31,6 +33,8 @@ export async function runZtunnel(native: Native, terminal: Terminal, options: Zt
   process.once('SIGTERM', () => {
     ztunnel.terminate().catch((error: unknown) => say({ event: 'failed', error: String(error) }));
   });
+  const { deafTo } = options;
+  if (deafTo !== undefined) process.on('SIGUSR2', () => ztunnel.goDeaf(deafTo));
   let last = '';
   let ended = false;
   const exited = ztunnel.exited.then((code) => {

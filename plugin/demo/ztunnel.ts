@@ -49,6 +49,7 @@ export interface ZtunnelOptions {
   /** what XDS has told so far; a function is asked each time */
   xds: readonly KnownWorkload[] | (() => readonly KnownWorkload[]);
   onSeen?: (uid: string, connection: SeenConnection) => void;
+  onFailed?: (error: Error) => void;
   /** IPv4 addresses of names in the mesh */
   names?: ReadonlyMap<string, string>;
   /** false: no DNS listeners, ISTIO_META_DNS_CAPTURE=false */
@@ -172,6 +173,11 @@ export class StandInZtunnel {
     for (const { proxy } of this.#pods.values()) await proxy.close();
     await this.#dropAll();
     this.#exit(137);
+  }
+
+  /** Closes the listeners in a pod and goes on as if they were there, as a ztunnel does whose tasks for it have ended. */
+  goDeaf(uid: string): void {
+    this.#pods.get(uid)?.proxy.stopListening();
   }
 
   /** Closes the connection to the agent without more ado, and connects again. */
@@ -335,13 +341,14 @@ export class StandInZtunnel {
       );
     const { dns: dnsPort, ...ports } = ZTUNNEL_PORTS;
     const inPod = { mark: ZTUNNEL_MARK, isKnown };
-    const { onSeen } = this.#options;
+    const { onSeen, onFailed } = this.#options;
     const proxy = await TransparentProxy.start(this.#native, {
       netns,
       address: '::',
       ports,
       inPod,
       ...(onSeen !== undefined && { onSeen: (connection) => onSeen(uid, connection) }),
+      ...(onFailed !== undefined && { onFailed }),
     });
     let dns: DnsListeners | undefined;
     try {
@@ -354,7 +361,7 @@ export class StandInZtunnel {
       throw error;
     }
     this.#pods.set(uid, { uid, names, netns, ino, proxy, dns });
-    this.#aimTunnels();
+    this.learned();
   }
 
   get #xds(): readonly KnownWorkload[] {
@@ -362,8 +369,8 @@ export class StandInZtunnel {
     return typeof xds === 'function' ? xds() : xds;
   }
 
-  /** Between pods of the mesh that XDS knows, ztunnel speaks HBONE. */
-  #aimTunnels(): void {
+  /** Between pods of the mesh that XDS knows, ztunnel speaks HBONE. To be called when `xds` says something else. */
+  learned(): void {
     const reached = new Set(this.#xds.flatMap(({ addresses }) => addresses));
     for (const { proxy } of this.#pods.values()) proxy.secondLegTo = reached;
   }

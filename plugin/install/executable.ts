@@ -43,19 +43,23 @@ export function placeExecutable({ path, addon }: Executable, directory: string, 
   return true;
 }
 
+/** What was found: in a container the directory may be one that it was not given. */
+export type Removal = 'removed' | 'absent' | 'no directory';
+
 /** The executable goes last: while it is there a runtime can call it. */
-export function removeExecutable(directory: string, step: Step): void {
+export function removeExecutable(directory: string, step: Step): Removal {
   let names: string[];
   try {
     names = readdirSync(directory);
   } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return;
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return 'no directory';
     throw error;
   }
   removeUnfinished(directory);
   for (const name of [...versionedAddons(directory), ADDON_ASSET, PLUGIN_TYPE]) {
     if (names.includes(name)) removeFile(join(directory, name), step);
   }
+  return names.includes(PLUGIN_TYPE) ? 'removed' : 'absent';
 }
 
 function versionedAddons(directory: string): string[] {

@@ -7,6 +7,7 @@ import { watch } from 'node:fs';
 import { type Migrated, migrateAll } from '../migrate.ts';
 import type { Native } from '../native.ts';
 import { parseConfig } from '../redirect/config.ts';
+import { assertVariantInUse } from '../state.ts';
 import {
   type Ensured,
   type EntryOptions,
@@ -47,9 +48,12 @@ export async function install(
   step: Step = () => {},
 ): Promise<Installed> {
   const { stateDir, runDir, netDir, binDir, executable, wait } = options;
-  // Before anything else, so that an agent that runs does not take the node for one that is being left.
+  const config = parseConfig(options.wanted.entry);
+  // An entry with which each ADD would be refused.
+  assertVariantInUse(native, { ...config, stateDir });
+  // Before anything else is changed, so that an agent that runs does not take the node for one that is being left.
   unmarkUninstalled(runDir);
-  const { maxPods, maxFlows, directFlowsPerPod } = parseConfig(options.wanted.entry);
+  const { maxPods, maxFlows, directFlowsPerPod } = config;
   const capacity = { stateDir, runDir, maxPods, maxFlows, directFlowsPerPod };
   const migrated = migrateAll(native, capacity);
   const executableChanged = installLocked(native, runDir, () => {

@@ -12,7 +12,7 @@ import type { AttachmentKey, AttachmentRecord, Native, State } from '../native.t
 import { type Directories, knownStateDirs, openState } from '../state.ts';
 import { PLUGIN_TYPE } from './conflist.ts';
 import { installLocked, isUninstalled, markUninstalled, removeEntries } from './entry.ts';
-import { removeExecutable } from './executable.ts';
+import { type Removal, removeExecutable } from './executable.ts';
 import type { Step } from './files.ts';
 import { filesThatRefer } from './network-directory.ts';
 
@@ -35,8 +35,8 @@ export interface Uninstalled {
   pods: string[];
   /** connections through the proxy that were cut */
   cut: number;
-  /** why the executable is still there; '': it is not */
-  executableKept: string;
+  /** what became of the executable, or why it stays */
+  executable: Removal | { kept: string };
 }
 
 /** How often the proxy's sockets are looked at. */
@@ -57,7 +57,7 @@ export async function uninstall(
   for (const note of installLocked(native, runDir, () => removeEntries(netDir, step))) report(note);
   const entryGone = performance.now();
 
-  const outcome: Uninstalled = { pods: [], cut: 0, executableKept: '' };
+  const outcome: Uninstalled = { pods: [], cut: 0, executable: 'absent' };
   const deadline = entryGone + options.drainTimeout * 1000;
   for (const stateDir of new Set([options.stateDir, ...knownStateDirs(runDir)])) {
     await leaveState(native, { stateDir, runDir }, deadline, outcome, report, step);
@@ -70,12 +70,11 @@ export async function uninstall(
   for (const stateDir of new Set([options.stateDir, ...knownStateDirs(runDir)])) {
     await leaveState(native, { stateDir, runDir }, deadline, outcome, report, step);
   }
-  outcome.executableKept = installLocked(native, runDir, () => {
+  outcome.executable = installLocked(native, runDir, () => {
     // In a container the socket is seen past process 1, where the node's processes are.
     const isCrio = [crioSocket, join('/proc/1/root', crioSocket)].some((path) => existsSync(path));
     const kept = whyExecutableStays(netDir, isCrio ? cniCacheDir : undefined);
-    if (kept === '') removeExecutable(binDir, step);
-    return kept;
+    return kept === '' ? removeExecutable(binDir, step) : { kept };
   });
   for (const file of ['draining', 'state-dirs']) rmSync(join(runDir, file), { force: true });
   return outcome;

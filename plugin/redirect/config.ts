@@ -29,7 +29,8 @@ export interface RedirectConfig {
   directFlowsPerPod: number;
   hook: 'auto' | 'tcx' | 'clsact';
   order: 'first' | 'last';
-  variant: Variant;
+  /** null: nobody has said; that of the state, and auto for a new one */
+  variant: Variant | null;
   /** 32-bit values, compared whole, never 0, all different */
   marks: Marks;
   stateDir: string;
@@ -77,7 +78,7 @@ export interface Exclusions {
 export const DEFAULT_STATE_DIR = '/sys/fs/bpf/ambient-redirect';
 export const DEFAULT_RUN_DIR = '/run/ambient-redirect';
 
-const VARIANTS = ['auto', 'no-redirect-peer', 'no-sk-lookup', 'no-sk-assign', 'full-sockets-only'] as const;
+export const VARIANTS = ['auto', 'no-redirect-peer', 'no-sk-lookup', 'no-sk-assign', 'full-sockets-only'] as const;
 
 /**
  * Clear of what node components look for in marks: kube-proxy 0x4000 and 0x8000, portmap 0x2000, AWS 0x80, Cilium's

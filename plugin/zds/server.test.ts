@@ -531,6 +531,24 @@ describe('with the stand-in', () => {
     expect(namespacesOfThisProcess()).toBe(before);
   });
 
+  test('renewed: the listeners of one pod are opened anew, those of others stay', async () => {
+    const server = serve();
+    const client = ztunnel();
+    for (const uid of ['a', 'b']) {
+      pod(uid, bed.namespace(uid));
+      await server.add(uid, WAIT);
+    }
+    const [a, b] = [client.pod('a')?.proxy, client.pod('b')?.proxy];
+    client.goDeaf('a');
+    await server.add('a', WAIT);
+    expect(client.pod('a')?.proxy).toBe(a);
+    await server.renew('a', WAIT);
+    expect(client.pod('a')?.proxy).not.toBe(a);
+    expect(client.pod('b')?.proxy).toBe(b);
+    expect(client.log.filter((line) => /^(add|del)/.test(line))).toEqual(['add a', 'add b', 'del a', 'add a']);
+    expect(server.answerOf('a')).toBeNull();
+  });
+
   test('the same uid in a new namespace', async () => {
     const server = serve();
     const client = ztunnel();

@@ -207,6 +207,20 @@ export class ZdsServer {
     throw new ZdsError('absent', `no ztunnel is connected to ${this.#options.path}`);
   }
 
+  /**
+   * Has the newest ztunnel forget a pod that it has acknowledged and open it anew, with a descriptor of its own: an Add
+   * alone is nothing to it while it knows the namespace. The pod's connections through it end. Resolves when it has
+   * acknowledged; rejects with ZdsError.
+   */
+  async renew(uid: string, { deadlineMs }: { deadlineMs: number }): Promise<void> {
+    const newest = this.#newest();
+    if (newest === undefined) throw new ZdsError('absent', `no ztunnel is connected to ${this.#options.path}`);
+    const error = await newest.renew(uid, deadlineMs);
+    if (error === null) return;
+    if (error instanceof ZdsError) throw error;
+    throw new ZdsError('silent', `the connection of ztunnel ended before it acknowledged ${uid}`);
+  }
+
   /** Tells every ztunnel that a pod, which workloads() no longer has, is gone. Resolves when each has answered or left. */
   async del(uid: string): Promise<void> {
     // One that has not said Hello knows of none.
@@ -403,6 +417,19 @@ class ZtunnelPeer {
       };
       this.#enqueueAdd(uid, settle);
     });
+  }
+
+  /** As tell(), for a pod that it knows already: a Del goes ahead, and nothing comes between the two. */
+  renew(uid: string, deadlineMs: number): Promise<null | ZdsError | 'ended'> {
+    this.#enqueue({
+      prepare: () => (this.#known.has(uid) ? { request: { kind: 'del', uid } } : null),
+      done: (answer) => {
+        if (answer === undefined) return;
+        this.#known.delete(uid);
+        if (answer.error !== null) this.#log('warn', 'ztunnel refused to forget a pod', { uid, error: answer.error });
+      },
+    });
+    return this.tell(uid, deadlineMs);
   }
 
   /** Sends a Del, if this ztunnel may know of the pod. */

@@ -9,7 +9,15 @@
 
 import { attachmentKey, hex } from '../../attachments.ts';
 import { withWishes } from '../../commands/target.ts';
-import { attachSteps, describePod, detachRecordSteps, isDead, type Target, verify } from '../../datapath.ts';
+import {
+  attachSteps,
+  describePod,
+  detachRecordSteps,
+  isDead,
+  notEnrolled,
+  type Target,
+  verify,
+} from '../../datapath.ts';
 import { beginDrain, DRAIN_SETTLE_MS, endDrainSteps, isDraining, proxiedConnections } from '../../drain.ts';
 import { isUninstalled } from '../../install/entry.ts';
 import type { AttachmentRecord, ExclusionRule, Native, State } from '../../native.ts';
@@ -582,9 +590,7 @@ export class Enroller {
   async #dismiss({ key, record }: Attachment, reason: string): Promise<void> {
     const { native, steps, config, log } = this.#options;
     const { state } = this.#state();
-    await steps.run(detachRecordSteps(native, config, state, key, record));
-    const none = { state: 'recorded', role: 'none', flags: 0, hooks: [], programTag: '' } as const;
-    native.putAttachment(state, key, { ...record, ...none, hooks: [] });
+    await steps.run(detachRecordSteps(native, config, state, key, record, () => notEnrolled(record)));
     this.#count('detached');
     log('error', `${describePod(record)} is not the proxy any more: ${reason}`, { uid: record.podUid });
   }

@@ -17,6 +17,7 @@ export interface KubernetesPod {
   labels: ReadonlyMap<string, string>;
   /** those that anybody here looks at */
   annotations: ReadonlyMap<string, string>;
+  /** of a static pod, which has none: "default", as ztunnel calls it */
   serviceAccount: string;
   hostNetwork: boolean;
   /** "Pending", "Running", "Succeeded", "Failed", "Unknown" */
@@ -60,7 +61,9 @@ export function projectPod(object: unknown): KubernetesPod {
     name: metadata.name,
     labels: new Map(Object.entries(metadata.labels ?? {})),
     annotations: new Map(kept),
-    serviceAccount: spec.serviceAccountName ?? '',
+    // The API server gives every pod a name there, except mirrors of static pods. istiod hands on the empty name, for
+    // which ztunnel puts "default" (state/workload.rs), and looks for that in what ZDS says.
+    serviceAccount: spec.serviceAccountName || 'default',
     hostNetwork: spec.hostNetwork ?? false,
     phase: status.phase ?? 'Pending',
     ips: ips.length === 0 && status.podIP ? [status.podIP] : ips,

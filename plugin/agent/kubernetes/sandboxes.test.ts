@@ -74,3 +74,11 @@ test('of a pod only what somebody looks at is kept', () => {
   });
   expect(identitiesOf(pod)).toEqual([UID, HASH]);
 });
+
+test.each([
+  [{}, 'default'],
+  [{ serviceAccountName: '' }, 'default'],
+  [{ serviceAccountName: 'web' }, 'web'],
+])('spec %j: the service account is that by which ztunnel knows the pod: %s', (spec, wanted) => {
+  expect(projectPod({ metadata: { uid: UID, namespace: 'shop', name: 'fixed' }, spec }).serviceAccount).toBe(wanted);
+});
