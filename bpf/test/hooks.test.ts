@@ -22,6 +22,7 @@ beforeAll(async () => {
   const { node: host, old } = node.namespaces;
   attach('pod_egress', host, node.ifindex.pod, 'ingress');
   attach('pod_ingress', host, node.ifindex.pod, 'egress');
+  attach('proxy_egress', host, node.ifindex.old, 'ingress');
   attach('proxy_guard', host, node.ifindex.old, 'egress');
   attach('proxy_ingress', old, ifindexIn(old, 'eth0'), 'ingress');
 });
@@ -62,12 +63,10 @@ async function counts(send: () => Promise<void>, ...counters: [ProgramName, stri
   );
 }
 
-/** The old proxy has a request socket for this tuple: one of its listeners took the SYN. */
-async function taken(client: End, server: End): Promise<void> {
+/** The old proxy, or who else, has a request socket for this tuple: one of its listeners took the SYN. */
+async function taken(client: End, server: End, by: Namespace = node.namespaces.old): Promise<void> {
   const filter = `( sport = :${server.port} and dport = :${client.port} )`;
-  await until('request socket in the proxy', () =>
-    node.namespaces.old.run(['ss', '-Htan', 'state', 'syn-recv', filter]).includes(`:${client.port}`),
-  );
+  await until('request socket', () => by.run(['ss', '-Htan', 'state', 'syn-recv', filter]).includes(`:${client.port}`));
 }
 
 /** The host-side MAC of the pod's veth: what the node's stack takes for its own. */
@@ -123,6 +122,35 @@ describe.each(families)('at the hooks, IPv%i', (family) => {
       ['proxy_ingress', 'proxy_assigned'],
     );
     await taken(client, server);
+  });
+
+  test.each([{ flags: [] }, { flags: ['NO_PEER'] }])(
+    'a SYN of the proxy to the pod, flags $flags: the pod’s listener takes it',
+    async ({ flags }) => {
+      datapath.enrol({ flags });
+      const [client, server] = [
+        { address: family === 4 ? '10.71.0.77' : 'fd71::77', port: node.port() },
+        { address: its.pod, port: APP },
+      ];
+      // A client whom nobody answers for; and the frame is for a gateway, whose MAC no device has.
+      const frame = tcpFrame({ source: OLD_MAC, destination: GATEWAY_MAC }, client, server);
+      await counts(() => node.old.frame('eth0', frame), ['proxy_egress', 'from_proxy_local']);
+      await taken(client, server, node.namespaces.pod);
+    },
+  );
+
+  test('a SYN of the proxy in the pod’s name: the node takes it from the pod’s interface', async () => {
+    const [client, server] = [
+      { address: its.podSilent, port: node.port() },
+      { address: its.host, port: APP },
+    ];
+    const frame = tcpFrame({ source: OLD_MAC, destination: GATEWAY_MAC }, client, server);
+    await counts(
+      () => node.old.frame('eth0', frame),
+      ['proxy_egress', 'from_proxy_reinjected'],
+      ['pod_egress', 'pass_bypass'],
+    );
+    await taken(client, server, node.namespaces.node);
   });
 
   test('a frame with our sign that we did not send: stopped at the proxy’s veth', async () => {

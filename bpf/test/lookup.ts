@@ -91,6 +91,11 @@ function elements(loaded: Loaded, map: string): { key: Buffer; value: Buffer }[]
   }));
 }
 
+/** How many words are left. */
+export function words(loaded: Loaded): number {
+  return elements(loaded, 'steered').length;
+}
+
 /** Gives every word that was left the age of the machine. */
 function age(loaded: Loaded): void {
   for (const { key, value } of elements(loaded, 'steered')) {

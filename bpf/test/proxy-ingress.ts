@@ -2,13 +2,15 @@
 // proxy_ingress: what a proxy receives. BPF_PROG_TEST_RUN is not at a tc ingress hook, so bpf_sk_assign refuses every
 // socket there; what it does at the hook is in hooks.test.ts.
 
-import { describe, test } from 'vitest';
+import { describe, expect, test } from 'vitest';
 import { ACK, type End, mac, macText, SYN, tcpFrame, type Wire } from './frames.ts';
+import { words } from './lookup.ts';
 import {
   APP,
   addresses,
   type Datapath,
   DEAF,
+  DNS,
   drop,
   FOREIGN_MARK,
   families,
@@ -121,6 +123,23 @@ export function proxyIngress(name: string, datapath: () => Datapath, assigned: O
           d.proxies([d.old({ ports: { [listener]: DEAF } })]);
           await check(sign(meaning, flags, port), noListener);
         });
+      });
+
+      test.each([
+        [SIGN.DNS_TCP, SYN],
+        [SIGN.COOKIE_DNS, ACK],
+      ])('DNS over TCP, sign %i: needs no other listener than its own', async (meaning, flags) => {
+        const d = datapath();
+        d.proxies([d.old({ ports: { outbound: DEAF, inboundPlaintext: DEAF, inboundHBONE: DEAF, dns: DNS } })]);
+        await check(sign(meaning, flags, 53), marked(assigned));
+        d.proxies([d.old({ ports: { dns: DEAF } })]);
+        await check(sign(meaning, flags, 53), noListener);
+      });
+
+      test('no word is left for the socket lookup', async () => {
+        const before = words(datapath());
+        await check(sign(SIGN.OUTBOUND), marked(assigned));
+        expect(words(datapath())).toBe(before);
       });
 
       test('the ports are those of the proxy that the frame is addressed to', async () => {
