@@ -116,6 +116,13 @@ export function dns(datapath: () => Datapath): void {
       await egress(frame(fromPod, client(), resolver, Buffer.from([1])), drop('drop_malformed'));
     });
 
+    test('what the listener sends that answers nothing is left alone', async () => {
+      datapath().proxies([resolving()]);
+      const from = { address: its.outsideAtOld, port: DNS };
+      await answer(frame(fromProxy, from, client(), Buffer.from([1])), notTcp);
+      await answer(frame(fromProxy, from, client(), message(8)), notTcp);
+    });
+
     test('in fragments: not captured', async () => {
       capture();
       datapath().proxies([resolving()]);
