@@ -29,8 +29,8 @@ const OF_PODS =
   / (link|address|neighbour|route|qdisc|sysctl) .*(veth|cni-|10\.20[12]\.|fd00:20[12])| nft | sysctl ipv[46]\/(conf|neigh)\/veth| route ff00|nf_conntrack|cni0/;
 
 /**
- * What is to be there: directories that kubelet makes for a hostPath (/run/ztunnel for ztunnel's own, too), and until the next install or boot the mark by which
- * an agent that still runs stands aside, with locks that somebody may hold.
+ * What is to be there: directories that kubelet makes for a hostPath (/run/ztunnel for ztunnel's own, too), and until the
+ * next install or boot the mark by which an agent that still runs stands aside, with locks that somebody may hold.
  */
 const KEPT = /^file (\/etc\/ambient-config|\/run\/ztunnel|\/run\/ambient-redirect(\/uninstalled|\/([a-z]+\.)?lock)?)$/;
 

@@ -556,6 +556,8 @@ export class Agent {
 
   #holdToTheTruth(): Truth {
     const { native, log, metrics } = this;
+    const uidOf = ({ network, containerId, ifname }: AttachmentName) =>
+      this.registry.uidOf(hex(attachmentKey(native, network, containerId, ifname)));
     const truth = new Truth({
       native,
       steps: this.steps,
@@ -574,11 +576,11 @@ export class Agent {
       onUnrepaired: (record, error) =>
         log.error({ pod: describePod(record), error: error.message }, 'could not be made again'),
       isServed: (record) => {
-        const uid = this.registry.uidOf(hex(keyOf(native, record)));
+        const uid = uidOf(record);
         return uid !== undefined && this.#zds?.isLive === true && this.#zds.answerOf(uid) === null;
       },
       serveAgain: async (record) => {
-        const uid = this.registry.uidOf(hex(keyOf(native, record)));
+        const uid = uidOf(record);
         if (uid !== undefined) await this.#zds?.renew(uid, { deadlineMs: DEADLINE_MS });
       },
       onTrouble: (error) => log.error({ error: error.message }, 'state and kernel could not be compared'),
@@ -865,10 +867,6 @@ function podOf(record: AttachmentRecord): EnrolledPod {
     serviceAccount: record.serviceAccount,
     contract: record.contract,
   };
-}
-
-function keyOf(native: Native, { network, containerId, ifname }: AttachmentName): AttachmentKey {
-  return attachmentKey(native, network, containerId, ifname);
 }
 
 function enrolledOf({ uid, names }: Workload): EnrolledPod {
