@@ -260,9 +260,13 @@ function* attachAll(attachment: Attachment): Steps<AttachmentRecord> {
     }
     if (plan.interface !== null) withRoom(attachment, () => fillMaps(attachment));
     for (const hook of plan.hooks) yield* attachHook(attachment, hook);
+    if (plan.interface !== null && previous === null) withRoom(attachment, () => begin(attachment));
     // In the contract in-pod the proxy's own sockets are among the pod's.
     const older = target.role === 'pod' && !target.strict && previous === null;
-    if (older && attachment.config.proxy.contract === 'shared') rememberOlder(attachment);
+    if (older && attachment.config.proxy.contract === 'shared') {
+      yield* settle();
+      rememberOlder(attachment);
+    }
     if (target.role === 'proxy') announceProxy(attachment);
     const [finding] = verifyAttached(native, state, attachment.config, target.key, record);
     if (finding !== undefined) {
@@ -460,7 +464,7 @@ function withRoom({ native, config, state, plan }: Attachment, put: () => void):
 }
 
 function fillMaps(attachment: Attachment): void {
-  const { native, config, state, target, facts, id, plan, undo } = attachment;
+  const { native, state, target, facts, id, plan, undo } = attachment;
   try {
     if (attachment.previous === null) {
       // The programs make the sets of flows; none is there before them, unless a state was damaged by hand.
@@ -480,20 +484,47 @@ function fillMaps(attachment: Attachment): void {
     for (const address of plan.addresses) {
       putEndpoint(attachment, address, { ifindex: id, flags: plan.flags, podMac: facts.pod.mac });
     }
-    if (plan.interface !== null) native.putInterface(state, id, plan.interface);
-    if (attachment.previous !== null) {
-      dropAddresses(attachment, attachment.previous);
+    if (attachment.previous === null) {
+      undo.push(() => native.deleteCounters(state, id));
       return;
     }
-    undo.push(() => native.deleteCounters(state, id));
-    undo.push(() => native.deleteInterface(state, id));
+    if (plan.interface !== null) native.putInterface(state, id, plan.interface);
+    dropAddresses(attachment, attachment.previous);
   } catch (error) {
-    throw stepError(
-      Code.STATE_FAILED,
-      `record ${facts.host?.name ?? facts.pod.name} (interface ${id}) in ${config.stateDir}`,
-      error,
-    );
+    throw mapError(attachment, error);
   }
+}
+
+/**
+ * Programs that find no entry of their interface let everything by. It is written when all of them are attached: one
+ * alone would send to the proxy what the other one's hook then takes for the pod's.
+ */
+function begin(attachment: Attachment): void {
+  const { native, state, id, plan, undo } = attachment;
+  if (plan.interface === null) return;
+  try {
+    undo.push(() => native.deleteInterface(state, id));
+    native.putInterface(state, id, plan.interface);
+  } catch (error) {
+    throw mapError(attachment, error);
+  }
+}
+
+function mapError({ config, facts, id }: Attachment, error: unknown): CniError {
+  const name = facts.host?.name ?? facts.pod.name;
+  return stepError(Code.STATE_FAILED, `record ${name} (interface ${id}) in ${config.stateDir}`, error);
+}
+
+/**
+ * A SYN that no program had seen is on no socket while it waits for the pod's own softirq, which is late on a busy node.
+ */
+const SETTLE_MS = 30;
+
+function settle(): Steps<unknown> {
+  return wait<unknown>(
+    () => Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, SETTLE_MS),
+    () => new Promise((resolve) => setTimeout(resolve, SETTLE_MS)),
+  );
 }
 
 /**
@@ -943,6 +974,11 @@ export function* detachRecordSteps(
 ): Steps<void> {
   // Nothing is sent to a proxy that is about to lose its program.
   if (record.role === 'proxy') removeProxy(native, state, dirs.runDir, key);
+  // All programs of a pod stop deciding at once. Each is detached in some ten milliseconds, and one that is left would
+  // drop, as nobody's, the answer to a SYN that another one has not seen any more.
+  if (record.role === 'pod' && native.getInterface(state, record.interfaceId)?.podMac === record.podMac) {
+    native.deleteInterface(state, record.interfaceId);
+  }
   for (const hook of record.hooks) {
     const pin = linkPin(dirs.stateDir, key, hook.program);
     if (hook.kind !== 'clsact') {
