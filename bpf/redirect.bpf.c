@@ -63,8 +63,8 @@ static __always_inline __u16 wanted_port(const struct packet *p, const struct pr
 	return z->inbound_hbone && p->tuple.destination_port == z->inbound_hbone ? z->inbound_hbone : z->inbound_plaintext;
 }
 
-/* The proxy that has a connection for this packet. */
-static __always_inline struct proxy *proxy_of_flow(struct __sk_buff *skb, struct packet *p, struct proxies *all)
+/* The proxy that has a connection for this packet, and the BPF_TCP_* state of its socket. */
+static __always_inline struct proxy *find_flow(struct __sk_buff *skb, struct packet *p, struct proxies *all, int *state)
 {
 	int i;
 
@@ -72,10 +72,34 @@ static __always_inline struct proxy *proxy_of_flow(struct __sk_buff *skb, struct
 	for (i = 0; i < PROXY_SLOTS; i++) {
 		if (i >= all->count)
 			break;
-		if (has_connection(skb, p, all->slot[i].nsid) && alive(skb, &all->slot[i]))
+		*state = socket_state(skb, p, all->slot[i].nsid);
+		if (*state && *state != BPF_TCP_LISTEN && alive(skb, &all->slot[i]))
 			return &all->slot[i];
 	}
 	return 0;
+}
+
+static __always_inline struct proxy *proxy_of_flow(struct __sk_buff *skb, struct packet *p, struct proxies *all)
+{
+	int state;
+
+	return find_flow(skb, p, all, &state);
+}
+
+/*
+ * The same for a later segment. The proxy chooses the ports that it goes on from without knowing the pod's: a flow that
+ * was let go direct may have the four numbers of one that the proxy has closed, and keeps in TIME_WAIT for a minute.
+ */
+static __always_inline struct proxy *proxy_of_segment(const struct run *r, struct packet *p, struct proxies *all,
+						      const struct tuple *from_pod)
+{
+	struct proxy *z;
+	int state = 0;
+
+	z = find_flow(r->skb, p, all, &state);
+	if (z && state == BPF_TCP_TIME_WAIT && is_direct(r->ifindex, from_pod))
+		return 0;
+	return z;
 }
 
 /* Was this packet sent by a proxy? Its socket would receive the answer. */
@@ -87,6 +111,21 @@ static __always_inline int sent_by_proxy(struct __sk_buff *skb, struct packet *p
 	sent = proxy_of_flow(skb, p, all) != 0;
 	swap_ends(p);
 	return sent;
+}
+
+/*
+ * Of a SYN that is to go direct: a proxy is connected from this very address and port to where it is going. The other
+ * end has that connection, and would not take the SYN.
+ */
+static __always_inline int taken_by_proxy(struct __sk_buff *skb, struct packet *p, struct proxies *all)
+{
+	struct proxy *z;
+	int state = 0;
+
+	swap_ends(p);
+	z = find_flow(skb, p, all, &state);
+	swap_ends(p);
+	return z && state != BPF_TCP_TIME_WAIT;
 }
 
 /* The newest proxy that listens now: a runtime runs ADD long before the container listens. */
@@ -265,6 +304,8 @@ static __always_inline int new_connection(const struct run *r, struct packet *p,
 	__u32 reason;
 
 	reason = goes_direct(r, p, self, from_pod, side);
+	if (reason == REASON_PASS_DRAINING && all && taken_by_proxy(skb, p, all))
+		reason = 0;
 	if (reason)
 		return pass_direct(r, from_pod, reason);
 	/* Whatever flow had this tuple is over. */
@@ -433,7 +474,7 @@ int pod_egress(struct __sk_buff *skb)
 			/* Nearly every packet. That the pod is enrolled its own address tells: nothing else is asked for. */
 			all = all_proxies();
 			own = is_own(&r, p.tuple.source);
-			z = all && own ? proxy_of_flow(skb, &p, all) : 0;
+			z = all && own ? proxy_of_segment(&r, &p, all, &p.tuple) : 0;
 			if (z)
 				return to_proxy(&r, z, REASON_TO_PROXY_ESTABLISHED, SIGN_ESTABLISHED);
 		}
@@ -535,7 +576,7 @@ int pod_ingress(struct __sk_buff *skb)
 		}
 		return new_connection(&r, &p, self, all, &from_pod, &from_pod, INBOUND);
 	}
-	z = all ? proxy_of_flow(skb, &p, all) : 0;
+	z = all ? proxy_of_segment(&r, &p, all, &from_pod) : 0;
 	if (z)
 		return to_proxy(&r, z, REASON_TO_PROXY_ESTABLISHED, SIGN_ESTABLISHED);
 	if (skb->ingress_ifindex == 0) {
@@ -567,7 +608,7 @@ int proxy_egress(struct __sk_buff *skb)
 	struct packet p;
 	struct flow *f;
 	enum kind kind;
-	int i, verdict;
+	int i, verdict, state;
 
 	if (!all)
 		return PASS;
@@ -628,11 +669,13 @@ int proxy_egress(struct __sk_buff *skb)
 	if (to) {
 		if (f && f->kind != FLOW_INBOUND && f->ifindex == to->ifindex)
 			return deliver(&r, to, REASON_FROM_PROXY_LOCAL);
-		if (has_connection(skb, &p, self->nsid))
+		state = socket_state(skb, &p, self->nsid);
+		/* With an entry it is an answer to the pod, whose flow is not the one that was closed (proxy_of_segment). */
+		if (state && state != BPF_TCP_LISTEN && !(f && state == BPF_TCP_TIME_WAIT))
 			return to_proxy(&r, self, REASON_TO_PROXY_ESTABLISHED, SIGN_ESTABLISHED);
 		/* Half open towards the listener's own port looks like the listener: let TPROXY find out. */
 		if (full_sockets_only && !f && self->inbound_hbone && p.tuple.destination_port == self->inbound_hbone &&
-		    socket_state(skb, &p, self->nsid) == BPF_TCP_LISTEN)
+		    state == BPF_TCP_LISTEN)
 			return to_proxy(&r, self, REASON_TO_PROXY_ESTABLISHED, SIGN_COOKIE_INBOUND);
 		if (!f && pod_has_connection(skb, &p, to->ifindex))
 			return deliver(&r, to, REASON_FROM_PROXY_LOCAL);

@@ -349,12 +349,17 @@ export class Node {
     return { client: { address: source, port: sourcePort }, server: { address: server, port }, connection };
   }
 
-  /** A connection of which the old proxy has TIME_WAIT: it closed first. */
-  async timeWait(family: Family): Promise<Tuple> {
-    const { pod, outsideAtOld } = addresses[family];
-    const tuple = await this.connect(this.far, pod, outsideAtOld, HTTP);
+  /** A connection of which the old proxy has TIME_WAIT: it closed first. The server is one of the old proxy's. */
+  async timeWait(
+    family: Family,
+    source = addresses[family].pod,
+    server = addresses[family].outsideAtOld,
+    port = HTTP,
+    sourcePort = this.port(),
+  ): Promise<Tuple> {
+    const tuple = await this.connect(this.far, source, server, port, sourcePort);
     await this.far.request(tuple.connection, 'quit\n');
-    const state = `( sport = :${HTTP} and dport = :${tuple.client.port} )`;
+    const state = `( sport = :${port} and dport = :${tuple.client.port} )`;
     await until('TIME_WAIT in the old proxy', () =>
       this.namespaces.old.run(['ss', '-Htan', 'state', 'time-wait', state]).includes(`:${tuple.client.port}`),
     );

@@ -192,6 +192,15 @@ export function podEgress(datapath: () => Datapath): void {
           await check(send(...flow, { flags: ACK }), pass('pass_direct'));
         });
 
+        test('while draining, from a port that the proxy is connected to the same end from: redirected', async () => {
+          const { node } = datapath();
+          datapath().enrol({ flags: ['DRAINING', 'STRICT'] });
+          const { client, server } = await node.connect(node.old, its.podAtProxy, its.outside, HTTP);
+          await check(send(client, server), redirected());
+          datapath().forgetProxies();
+          await check(send(client, server), pass('pass_draining'));
+        });
+
         test('outbound redirection not wanted: direct, and so is the rest of the flow', async () => {
           datapath().enrol({ flags: ['NO_OUTBOUND', 'STRICT'] });
           const flow = fresh(family);
@@ -309,6 +318,13 @@ export function podEgress(datapath: () => Datapath): void {
         test('TIME_WAIT: goes to the proxy', async () => {
           const { client, server } = await datapath().node.timeWait(family);
           await check(send(client, server, { flags: ACK }), toOld('to_proxy_established', SIGN.ESTABLISHED));
+        });
+
+        test('TIME_WAIT, but the flow was let go direct since: direct', async () => {
+          const { client, server } = await datapath().node.timeWait(family);
+          datapath().enrol({ flags: ['DRAINING', 'STRICT'] });
+          await check(send(client, server), pass('pass_draining'));
+          await check(send(client, server, { flags: ACK }), pass('pass_direct'));
         });
 
         test('each of two proxies gets its own', async () => {

@@ -193,6 +193,13 @@ export function podIngress(datapath: () => Datapath): void {
           await check(send(...flow, { flags: ACK }), pass('pass_direct'));
         });
 
+        test('while draining, from a port that the proxy is connected to the pod from: redirected', async () => {
+          const { node } = datapath();
+          datapath().enrol({ flags: ['DRAINING', 'STRICT'] });
+          const { client, server } = await node.connect(node.old, its.outsideAtOld, its.pod, APP);
+          await check(send(client, server), redirected());
+        });
+
         test.each([
           { flags: ['NO_PLAINTEXT'], server: APP, taken: false },
           { flags: ['NO_PLAINTEXT'], server: HBONE, taken: true },
@@ -287,6 +294,15 @@ export function podIngress(datapath: () => Datapath): void {
           const { node } = datapath();
           const { client, server } = await node.connect(node.old, its.podAtProxy, its.outside, HTTP);
           await check(send(server, client, { flags: SYN | ACK }), established());
+        });
+
+        test('that is in TIME_WAIT there: goes to it, unless the flow was let go direct since', async () => {
+          const d = datapath();
+          const { client, server } = await d.node.timeWait(family, its.outside, its.podAtProxy, APP);
+          await check(send(client, server, { flags: ACK }), established());
+          d.enrol({ flags: ['DRAINING', 'STRICT'] });
+          await check(send(client, server), pass('pass_draining'));
+          await check(send(client, server, { flags: ACK }), pass('pass_direct'));
         });
 
         test('stays with the older proxy', async () => {

@@ -218,6 +218,25 @@ export function proxyEgress(datapath: () => Datapath): void {
           await check(send(client, server, { flags: ACK }), loop);
         });
 
+        test('one end is in TIME_WAIT at the proxy: loops back to it, unless the flow was taken as inbound', async () => {
+          const d = datapath();
+          const timeWait = (sourcePort: number) =>
+            d.node.timeWait(family, its.outside, its.podAtProxy, APP, sourcePort);
+          const loop = d.toProxy('to_proxy_established', d.old(), SIGN.ESTABLISHED);
+          const closed = await timeWait(port());
+          await check(send(closed.client, closed.server, { flags: ACK }), loop);
+          const sourcePort = port();
+          const taken = d.toProxy('redirected_inbound', d.old(), SIGN.INBOUND, MARKS.toProxy);
+          const back = tcpFrame(
+            toPod,
+            { address: its.podAtProxy, port: APP },
+            { address: its.outside, port: sourcePort },
+          );
+          await d.check('pod_ingress', back, taken, { ingressIfindex: 1 });
+          const { client, server } = await timeWait(sourcePort);
+          await check(send(client, server, { flags: ACK }), reinjected);
+        });
+
         test('the entry was evicted, the pod has the connection: delivered', async () => {
           const d = datapath();
           const { client, server } = await d.node.connect(d.node.inPod, its.pod, its.pod, APP);
