@@ -111,6 +111,23 @@ export function* endDrainSteps(
   });
 }
 
+/**
+ * Takes a pod out now, draining or not. It stays recorded at each moment, as one that is not enrolled from some point on.
+ * Throws NativeError, or CniError 103 or 104.
+ */
+export function takeOut(native: Native, dirs: Directories, key: AttachmentKey): void {
+  beside(native, dirs.runDir, () => {
+    const state = openState(native, dirs.stateDir);
+    if (state === null) return;
+    try {
+      const record = native.getAttachment(state, key);
+      if (record !== null) endDrain(native, dirs, state, key, record);
+    } finally {
+      native.closeState(state);
+    }
+  });
+}
+
 /** Ends every drain that is over. Throws NativeError, or CniError 103 or 104; what is left is for the next run. */
 export function endDrains(native: Native, dirs: Directories): void {
   const began = statSync(marker(dirs), { throwIfNoEntry: false })?.mtimeMs;

@@ -474,4 +474,18 @@ test('a pod that runs stays recorded wherever its enrolment is killed or fails',
   }
   await command('unenroll', {}, '--no-drain');
   expect(await enroll()).toMatchObject({ status: 0 });
+
+  const leave = (env: Record<string, string>) => command('unenroll', env, '--no-drain');
+  const leaving = `${file}-leaving`;
+  expect(await leave({ AMBIENT_REDIRECT_CALLS_FILE: leaving })).toMatchObject({ status: 0 });
+  const steps = readFileSync(leaving, 'utf8').trim().split('\n');
+  for (let call = 1; call <= steps.length; call += long ? 1 : Math.ceil(steps.length / 12)) {
+    for (const how of ['KILL', 'FAIL']) {
+      expect(await enroll()).toMatchObject({ status: 0 });
+      const title = `unenroll, ${how}, call ${call}, ${steps[call - 1]}`;
+      const outcome = await leave({ [`AMBIENT_REDIRECT_${how}_CALL`]: `${call}` });
+      if (how === 'KILL') expect(outcome.signal, title).toBe('SIGKILL');
+      expect(recorded(), title).toHaveLength(1);
+    }
+  }
 });

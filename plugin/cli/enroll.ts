@@ -6,8 +6,8 @@ import { announceAttachment } from '../agent-client.ts';
 import { attachmentKey, hex } from '../attachments.ts';
 import { formatAddress, type IpPrefix } from '../cni/address.ts';
 import { CniError, Code } from '../cni/errors.ts';
-import { attach, describePod, detach, isSameNetns, type Target } from '../datapath.ts';
-import { startDrain } from '../drain.ts';
+import { attach, describePod, isSameNetns, type Target } from '../datapath.ts';
+import { startDrain, takeOut } from '../drain.ts';
 import type { AttachmentRecord, Native } from '../native.ts';
 import type { PortRange } from '../redirect/config.ts';
 import { mergeExclusions } from '../redirect/exclusions.ts';
@@ -69,10 +69,7 @@ export async function enroll(
       await announceAttachment(config, record);
     } catch (error) {
       // One that was served already stays in the mesh: the agent sees to it.
-      if (before?.state !== 'attached') {
-        detach(native, config, target.key);
-        attach(native, config, { ...target, role: 'none' });
-      }
+      if (before?.state !== 'attached') takeOut(native, config, target.key);
       throw error;
     }
   }
@@ -100,7 +97,7 @@ async function leaveContract(
       'enroll it again when they are closed, or with --no-drain to cut them',
     );
   }
-  detach(native, config, key);
+  takeOut(native, config, key);
   if (record.contract === 'in-pod') await tellAgent(terminal, config, record);
 }
 

@@ -4,8 +4,8 @@
 
 import { withdrawAttachment } from '../agent-client.ts';
 import { CniError, Code } from '../cni/errors.ts';
-import { attach, describePod, detach, isSameNetns, targetOf } from '../datapath.ts';
-import { endDrains, isDraining, startDrain } from '../drain.ts';
+import { describePod, isSameNetns } from '../datapath.ts';
+import { endDrains, isDraining, startDrain, takeOut } from '../drain.ts';
 import type { AttachmentRecord, Native } from '../native.ts';
 import type { Directories } from '../state.ts';
 import type { Settings } from './directories.ts';
@@ -44,8 +44,7 @@ export async function unenroll(
       );
       continue;
     }
-    detach(native, dirs, key);
-    remember(native, settings, key, record);
+    takeOut(native, dirs, key);
     if (record.contract === 'in-pod') await tellAgent(terminal, dirs, record);
     terminal.out(
       `unenrolled ${describePod(record)}: ${record.ifname}${record.hostIfname === '' ? '' : ` through ${record.hostIfname}`}\n`,
@@ -89,14 +88,5 @@ function selector(native: Native, { netns, pod, containerId }: UnenrollOptions):
   } catch {
     // A namespace without a path any more is found by the path that it had.
     return (record) => record.netnsPath === path;
-  }
-}
-
-/** Only while its namespace is there: the record of a pod that is gone would stay for ever. */
-function remember(native: Native, { config }: Settings, key: Uint8Array, record: AttachmentRecord): void {
-  try {
-    attach(native, config, targetOf(key, record, 'none'));
-  } catch (error) {
-    if (!(error instanceof CniError) || error.code !== Code.SANDBOX_NOT_FOUND) throw error;
   }
 }
