@@ -567,6 +567,12 @@ Napi::Value deleteDirectFlows(const Info &info) {
   return Napi::Number::New(info.Env(), delete_direct_flows(state, ifindex));
 }
 
+Napi::Value deleteFlows(const Info &info) {
+  State &state = to_state(info);
+  uint32_t ifindex = to_interface_id(info[1]);
+  return Napi::Number::New(info.Env(), delete_flows(state, ifindex));
+}
+
 Napi::Value importDirectFlow(const Info &info) {
   int program = to_fd(info[0], "programFd");
   uint32_t ifindex = to_interface_id(info[1]);
@@ -1239,6 +1245,7 @@ const Export FUNCTIONS[] = {
     EXPORT(directFlows),
     EXPORT(importDirectFlow),
     EXPORT(deleteDirectFlows),
+    EXPORT(deleteFlows),
     EXPORT(listDirectFlows),
     EXPORT(putExclusions),
     EXPORT(deleteExclusions),

@@ -260,6 +260,7 @@ describe('every kernel call fails once', () => {
     counters: { act: () => native.counters(state) },
     mapUsage: { act: () => native.mapUsage(state) },
     deleteDirectFlows: { act: () => native.deleteDirectFlows(state, 1) },
+    deleteFlows: { act: () => native.deleteFlows(state, 1) },
     deleteCounters: { act: () => native.deleteCounters(state, 1) },
     deleteInterface: { act: () => native.deleteInterface(state, 1) },
     openProgram: { act: () => native.close(native.openProgram(join(dir, 'programs/test/pod_egress'))) },

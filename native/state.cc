@@ -374,8 +374,9 @@ uint64_t memlock(int map) {
   return strtoull(text.c_str() + at + strlen("memlock:"), nullptr, 10);
 }
 
-// nullopt where the kernel cannot do it for this type of map (HASH_OF_MAPS below 5.13, all below 5.6)
-std::optional<uint64_t> count_in_batches(int fd, const Shape &shape) {
+// `visit` gets keys and values of so many entries. false where the kernel cannot do it for this type of map (HASH_OF_MAPS below 5.13, all below 5.6)
+bool read_in_batches(int fd, const Shape &shape,
+                     const std::function<void(const uint8_t *, const uint8_t *, uint32_t)> &visit) {
   constexpr uint32_t BATCH = 4096;
   const size_t value_size = shape.type == BPF_MAP_TYPE_PERCPU_HASH
                                 ? static_cast<size_t>((shape.value_size + 7) / 8 * 8) * possible_cpus()
@@ -385,7 +386,6 @@ std::optional<uint64_t> count_in_batches(int fd, const Shape &shape) {
   std::vector<uint8_t> values(batch * value_size);
   // A hash's position is the number of a bucket; the kernel asks for the size of a key at least.
   std::vector<uint8_t> position(std::max<size_t>(shape.key_size, 8));
-  uint64_t total = 0;
   for (bool first = true;; first = false) {
     uint32_t count = batch;
     int result = kernel_call("bpf(BPF_MAP_LOOKUP_BATCH)", [&] {
@@ -394,12 +394,12 @@ std::optional<uint64_t> count_in_batches(int fd, const Shape &shape) {
     });
     int error = errno;
     if (result < 0 && first && (error == EINVAL || error == EOPNOTSUPP || error == 524 /* ENOTSUPP */)) {
-      return std::nullopt;
+      return false;
     }
     // ENOENT: that was the end; ENOSPC: one bucket holds more than a batch, which hashing makes impossible here.
     if (result < 0 && error != ENOENT) throw KernelError(error, "bpf(BPF_MAP_LOOKUP_BATCH)", shape.name);
-    total += count;
-    if (result < 0) return total;
+    visit(key_buffer.data(), values.data(), count);
+    if (result < 0) return true;
   }
 }
 
@@ -407,8 +407,9 @@ uint64_t count_entries(const State &state, Map map) {
   if (map == SETTINGS || map == TRACE || map == IDENTITY || map == JUMP_LOOKUP) return 1;
   if (map == JUMP) return SLOT_COUNT;
   if (map == EVENTS || map == PROXY_SOCKETS) return 0;
-  if (auto count = count_in_batches(state.fd(map), SHAPES[map])) return *count;
   uint64_t count = 0;
+  auto add = [&](const uint8_t *, const uint8_t *, uint32_t entries) { count += entries; };
+  if (read_in_batches(state.fd(map), SHAPES[map], add)) return count;
   walk(state, map, [&](const std::string &) { count++; });
   return count;
 }
@@ -604,6 +605,36 @@ uint32_t delete_direct_flows(const State &state, uint32_t ifindex) {
     return 0;
   });
   if (result < 0) throw KernelError(errno, "bpf(BPF_MAP_DELETE_ELEM)", "map direct");
+  return deleted;
+}
+
+// The attempts count as one kernel call.
+uint32_t delete_flows(const State &state, uint32_t ifindex) {
+  const int map = state.fd(FLOWS);
+  std::vector<struct tuple> found;
+  auto choose = [&](const uint8_t *keys, const uint8_t *values, uint32_t entries) {
+    for (uint32_t i = 0; i < entries; i++) {
+      struct flow flow;
+      memcpy(&flow, values + i * sizeof(flow), sizeof(flow));
+      if (flow.ifindex == ifindex) memcpy(&found.emplace_back(), keys + i * sizeof(struct tuple), sizeof(struct tuple));
+    }
+  };
+  if (!read_in_batches(map, SHAPES[FLOWS], choose)) {
+    walk(state, FLOWS, [&](const std::string &key) {
+      struct flow flow;
+      const auto *bytes = reinterpret_cast<const uint8_t *>(key.data());
+      if (lookup(map, key.data(), &flow, "flows")) choose(bytes, reinterpret_cast<const uint8_t *>(&flow), 1);
+    });
+  }
+  uint32_t deleted = 0;
+  int result = kernel_call("bpf(BPF_MAP_DELETE_ELEM)", [&] {
+    for (const struct tuple &key : found) {
+      if (bpf_map_delete_elem(map, &key) == 0) deleted++;
+      else if (errno != ENOENT) return -1;
+    }
+    return 0;
+  });
+  if (result < 0) throw KernelError(errno, "bpf(BPF_MAP_DELETE_ELEM)", "map flows");
   return deleted;
 }
 

@@ -105,6 +105,8 @@ enum class Import { redirected, done, no_memory };
 Import import_direct_flow(int program, uint32_t ifindex, const struct tuple &flow);
 // How many sets were there.
 uint32_t delete_direct_flows(const State &state, uint32_t ifindex);
+// Those through a proxy that are of this interface; how many. One that is put in meanwhile may stay.
+uint32_t delete_flows(const State &state, uint32_t ifindex);
 bool delete_exclusions(const State &state, uint32_t ifindex);
 
 // One rule: `key` with its reason; 0 where a longer prefix takes an address out of a shorter one.

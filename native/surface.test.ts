@@ -302,6 +302,10 @@ const functions: Record<
     ['state', stateKind],
     ['ifindex', interfaceId],
   ],
+  deleteFlows: [
+    ['state', stateKind],
+    ['ifindex', interfaceId],
+  ],
   importDirectFlow: [
     ['programFd', fd],
     ['ifindex', interfaceId],

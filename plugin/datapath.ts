@@ -990,9 +990,9 @@ export function* detachRecordSteps(
   }
   if (isLooping(record)) inOwnNetns(native, record, (netns) => leaveNetns(native, state, netns, key, record));
   removePins(native, dirs.stateDir, key);
-  if (record.role === 'pod') removeEntries(native, state, record);
-  if (record.role === 'proxy') forgetCounters(native, state, record.hostIfindex);
   const left = after();
+  if (record.role === 'pod') removeEntries(native, state, record, left !== null);
+  if (record.role === 'proxy') forgetCounters(native, state, record.hostIfindex);
   if (left === null) native.deleteAttachment(state, key);
   else putUnlessDeleted(native, state, key, left);
 }
@@ -1100,7 +1100,7 @@ function leaveNetns(native: Native, state: State, netns: number, key: Attachment
 }
 
 /** Indexes come back when a namespace is made anew (tests, reboots): only entries that are this pod's go. */
-function removeEntries(native: Native, state: State, record: AttachmentRecord): void {
+function removeEntries(native: Native, state: State, record: AttachmentRecord, goesOn: boolean): void {
   for (const address of record.addresses) {
     const endpoint = native.getEndpoint(state, address);
     if (endpoint?.ifindex === record.interfaceId && endpoint.podMac === record.podMac) {
@@ -1111,6 +1111,8 @@ function removeEntries(native: Native, state: State, record: AttachmentRecord): 
   if (entry !== null && entry.podMac !== record.podMac) return;
   native.deleteInterface(state, record.interfaceId);
   native.deleteDirectFlows(state, record.interfaceId);
+  // Ports come again: what the pod opens from now on must not be taken for such a flow when it is enrolled another time.
+  if (goesOn) native.deleteFlows(state, record.interfaceId);
   native.deleteExclusions(state, record.interfaceId);
   native.deleteCounters(state, record.interfaceId);
 }

@@ -445,6 +445,8 @@ export interface Native {
   importDirectFlow(programFd: number, ifindex: number, flow: Tuple): boolean;
   /** how many sets of flows there were */
   deleteDirectFlows(state: State, ifindex: number): number;
+  /** Entries of flows through a proxy that are of this interface; how many there were. One that is written meanwhile may stay. */
+  deleteFlows(state: State, ifindex: number): number;
   /** interfaces that have such flows, or had */
   listDirectFlows(state: State): number[];
 

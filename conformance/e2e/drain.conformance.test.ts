@@ -3,6 +3,7 @@
 // unenroll: new connections go direct at once, those that the proxy has go on, and then the programs go.
 
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { until } from '../netns.ts';
 import { isDirect, Mesh } from './mesh.ts';
 import { families } from './topology.ts';
 
@@ -82,6 +83,28 @@ describe.each(['tcx', 'clsact'] as const)('drain, %s', (hook) => {
     await mesh.exchanged(direct, 'client');
     for (const { from, connection } of held) await mesh.exchanged(connection, from);
   });
+
+  test.each(families)(
+    'IPv%i: opened meanwhile from the port of a flow that the proxy had: goes on direct',
+    async (family) => {
+      await enroll();
+      const proxied = await mesh.connect('client', mesh.address('outsider', family));
+      expect(isDirect(proxied)).toBe(false);
+      // The server closes first, so that the port is free at once.
+      await mesh.endpoint('client').request(proxied, 'quit\n');
+      await mesh.commanded('unenroll', '--pod', 'default/client');
+      await until('the programs are gone', async () => {
+        await mesh.commanded('status');
+        return (await shown())?.state === 'recorded';
+      });
+      const sourcePort = proxied.localPort;
+      const direct = await mesh.connect('client', mesh.address('outsider', family), undefined, { sourcePort });
+      expect(isDirect(direct)).toBe(true);
+      await enroll();
+      await mesh.exchanged(direct, 'client');
+      expect(await mesh.goesDirect('client', mesh.address('outsider', family))).toBe(false);
+    },
+  );
 
   test('--no-drain cuts', async () => {
     const held = await mesh.connect('client', mesh.address('outsider', 4));
