@@ -2,7 +2,8 @@
 """Connections that are opened as fast as one a millisecond, and what became of each.
 
 openings.py serve PORT          greets whoever connects, and closes when the other end has
-openings.py open PORT ADDRESS...  connects, reads the greeting and closes; each connection to the next address
+openings.py open PORT PERIOD ADDRESS...  connects, reads the greeting and closes, each PERIOD seconds, to one address
+                                        after the other
 
 open: for each line on stdin it prints {"begun", "greeted", "failed": {errno's name: n}, "slowest": seconds}, all since the
 start; at the end of stdin it waits for what is under way, prints that once more, and ends. Source ports are counted up
@@ -17,7 +18,6 @@ import socket
 import sys
 import time
 
-PERIOD = 0.001
 FIRST_PORT, PORTS = 10_000, 22_000
 LIMIT = 20
 
@@ -57,8 +57,9 @@ def serve(port):
 
 
 class Openings:
-    def __init__(self, port, addresses):
+    def __init__(self, port, period, addresses):
         self.port = port
+        self.period = period
         self.addresses = addresses
         self.selector = selectors.DefaultSelector()
         self.begun = 0
@@ -121,7 +122,7 @@ class Openings:
             if not ending and now >= due:
                 self.begin()
                 # A busy machine must not have them come all at once.
-                due = max(due + PERIOD, now - 0.01)
+                due = max(due + self.period, now - 0.01)
             for key, _ in self.selector.select(0.1 if ending else max(0, due - now)):
                 if key.fileobj is not sys.stdin:
                     self.read(key.fileobj)
@@ -138,4 +139,4 @@ class Openings:
 if sys.argv[1] == "serve":
     serve(int(sys.argv[2]))
 else:
-    Openings(int(sys.argv[2]), sys.argv[3:]).run()
+    Openings(int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]).run()

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Connections that are opened one after the other, as fast as one a millisecond, and how many SYNs a namespace has sent
-// a second time.
+// Connections that are opened one after the other, as fast as one a millisecond, and how many SYNs had to be sent again.
 
 import { type ChildProcess, spawn } from 'node:child_process';
 import { join } from 'node:path';
@@ -33,10 +32,10 @@ export class Openings {
   readonly #ended: Promise<unknown>;
   readonly #reports: Opened[] = [];
 
-  /** To the addresses in turn, until stop(). */
-  constructor(testbed: Testbed, from: Namespace, port: number, addresses: readonly string[]) {
-    const python = ['setpriv', '--pdeathsig', 'KILL', '--', '/usr/bin/python3', program, 'open', `${port}`];
-    const [file = '', ...rest] = from.argv([...python, ...addresses]);
+  /** To the addresses in turn, one each `period` seconds, until stop(). */
+  constructor(testbed: Testbed, from: Namespace, port: number, addresses: readonly string[], period: number) {
+    const python = ['setpriv', '--pdeathsig', 'KILL', '--', '/usr/bin/python3', program];
+    const [file = '', ...rest] = from.argv([...python, 'open', `${port}`, `${period}`, ...addresses]);
     const child = spawn(file, rest, { stdio: ['pipe', 'pipe', 'inherit'] });
     this.#child = child;
     testbed.defer(() => child.kill('SIGKILL'));
@@ -65,9 +64,13 @@ export class Openings {
   }
 }
 
-/** SYNs that had to be sent a second time, since the namespace was made. */
-export function synsSentAgain(namespace: Namespace): number {
+/**
+ * Since the namespace was made: SYNs and SYN-ACKs that it had to send again, and connections that a listener of it could
+ * not take, since the process that it belongs to was late.
+ */
+export function resends(namespace: Namespace): { syns: number; listenerFull: number } {
   const lines = namespace.run(['cat', '/proc/net/netstat']).split('\n');
   const [names = [], values = []] = lines.filter((line) => line.startsWith('TcpExt:')).map((line) => line.split(' '));
-  return Number(values[names.indexOf('TCPSynRetrans')]);
+  const value = (name: string) => Number(values[names.indexOf(name)]);
+  return { syns: value('TCPSynRetrans'), listenerFull: value('ListenOverflows') };
 }
