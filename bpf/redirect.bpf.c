@@ -63,43 +63,36 @@ static __always_inline __u16 wanted_port(const struct packet *p, const struct pr
 	return z->inbound_hbone && p->tuple.destination_port == z->inbound_hbone ? z->inbound_hbone : z->inbound_plaintext;
 }
 
-/* The proxy that has a connection for this packet, and the BPF_TCP_* state of its socket. */
-static __always_inline struct proxy *find_flow(struct __sk_buff *skb, struct packet *p, struct proxies *all, int *state)
+/* `closed`: one that is in TIME_WAIT counts too. */
+static __always_inline struct proxy *find_flow(struct __sk_buff *skb, struct packet *p, struct proxies *all, int closed)
 {
-	int i;
+	int i, state;
 
 #pragma unroll
 	for (i = 0; i < PROXY_SLOTS; i++) {
 		if (i >= all->count)
 			break;
-		*state = socket_state(skb, p, all->slot[i].nsid);
-		if (*state && *state != BPF_TCP_LISTEN && alive(skb, &all->slot[i]))
+		state = socket_state(skb, p, all->slot[i].nsid);
+		if (state && state != BPF_TCP_LISTEN && (closed || state != BPF_TCP_TIME_WAIT) && alive(skb, &all->slot[i]))
 			return &all->slot[i];
 	}
 	return 0;
 }
 
+/* The proxy that has a connection for this packet. */
 static __always_inline struct proxy *proxy_of_flow(struct __sk_buff *skb, struct packet *p, struct proxies *all)
 {
-	int state;
-
-	return find_flow(skb, p, all, &state);
+	return find_flow(skb, p, all, 1);
 }
 
 /*
- * The same for a later segment. The proxy chooses the ports that it goes on from without knowing the pod's: a flow that
- * was let go direct may have the four numbers of one that the proxy has closed, and keeps in TIME_WAIT for a minute.
+ * The same for a later segment. What is in TIME_WAIT is left to without_socket(): the proxy chooses the ports that it
+ * goes on from without knowing the pod's, and a flow that was let go direct may have the four numbers of one that the
+ * proxy has closed within the last minute.
  */
-static __always_inline struct proxy *proxy_of_segment(const struct run *r, struct packet *p, struct proxies *all,
-						      const struct tuple *from_pod)
+static __always_inline struct proxy *proxy_of_segment(struct __sk_buff *skb, struct packet *p, struct proxies *all)
 {
-	struct proxy *z;
-	int state = 0;
-
-	z = find_flow(r->skb, p, all, &state);
-	if (z && state == BPF_TCP_TIME_WAIT && is_direct(r->ifindex, from_pod))
-		return 0;
-	return z;
+	return find_flow(skb, p, all, 0);
 }
 
 /* Was this packet sent by a proxy? Its socket would receive the answer. */
@@ -114,18 +107,17 @@ static __always_inline int sent_by_proxy(struct __sk_buff *skb, struct packet *p
 }
 
 /*
- * Of a SYN that is to go direct: a proxy is connected from this very address and port to where it is going. The other
- * end has that connection, and would not take the SYN.
+ * Of a SYN that is to go direct: the proxy that is connected from this very address and port to where it is going. The
+ * other end has that connection, and would not take the SYN.
  */
-static __always_inline int taken_by_proxy(struct __sk_buff *skb, struct packet *p, struct proxies *all)
+static __always_inline struct proxy *connected_proxy(struct __sk_buff *skb, struct packet *p, struct proxies *all)
 {
 	struct proxy *z;
-	int state = 0;
 
 	swap_ends(p);
-	z = find_flow(skb, p, all, &state);
+	z = find_flow(skb, p, all, 0);
 	swap_ends(p);
-	return z && state != BPF_TCP_TIME_WAIT;
+	return z;
 }
 
 /* The newest proxy that listens now: a runtime runs ADD long before the container listens. */
@@ -265,7 +257,7 @@ static __always_inline int reinject(const struct run *r, __u32 ifindex)
 /* ---- decisions --------------------------------------------------------------------------------------------------- */
 
 /*
- * A segment with no socket in any proxy. `from_pod` is its tuple with the pod's end as source, `from_proxy` the tuple
+ * A segment with no socket in any proxy, or one in TIME_WAIT. `from_pod` is its tuple with the pod's end as source, `from_proxy` the tuple
  * under which "flows" would know it.
  */
 static __always_inline int without_socket(const struct run *r, struct packet *p, const struct interface *self,
@@ -280,6 +272,9 @@ static __always_inline int without_socket(const struct run *r, struct packet *p,
 	if (is_direct(r->ifindex, from_pod))
 		return pass(r, REASON_PASS_DIRECT);
 	if (all) {
+		z = proxy_of_flow(skb, p, all);
+		if (z)
+			return to_proxy(r, z, REASON_TO_PROXY_ESTABLISHED, SIGN_ESTABLISHED);
 		z = proxy_of_cookie(skb, p, all, side);
 		if (z)
 			return to_proxy(r, z, REASON_TO_PROXY_COOKIE, cookie);
@@ -303,9 +298,18 @@ static __always_inline int new_connection(const struct run *r, struct packet *p,
 	struct proxy *z;
 	__u32 reason;
 
+	if (all && self->flags & INTERFACE_DRAINING) {
+		z = connected_proxy(skb, p, all);
+		if (z) {
+			remember_flow(from_proxy, r->ifindex, side == INBOUND ? FLOW_INBOUND : FLOW_OUTBOUND);
+			if (side == INBOUND)
+				return to_proxy(r, z, REASON_REDIRECTED_INBOUND, SIGN_INBOUND);
+			if (side == DNS)
+				return to_proxy(r, z, REASON_DNS_CAPTURED, SIGN_DNS_TCP);
+			return to_proxy(r, z, REASON_REDIRECTED_OUTBOUND, SIGN_OUTBOUND);
+		}
+	}
 	reason = goes_direct(r, p, self, from_pod, side);
-	if (reason == REASON_PASS_DRAINING && all && taken_by_proxy(skb, p, all))
-		reason = 0;
 	if (reason)
 		return pass_direct(r, from_pod, reason);
 	/* Whatever flow had this tuple is over. */
@@ -474,7 +478,7 @@ int pod_egress(struct __sk_buff *skb)
 			/* Nearly every packet. That the pod is enrolled its own address tells: nothing else is asked for. */
 			all = all_proxies();
 			own = is_own(&r, p.tuple.source);
-			z = all && own ? proxy_of_segment(&r, &p, all, &p.tuple) : 0;
+			z = all && own ? proxy_of_segment(skb, &p, all) : 0;
 			if (z)
 				return to_proxy(&r, z, REASON_TO_PROXY_ESTABLISHED, SIGN_ESTABLISHED);
 		}
@@ -576,7 +580,7 @@ int pod_ingress(struct __sk_buff *skb)
 		}
 		return new_connection(&r, &p, self, all, &from_pod, &from_pod, INBOUND);
 	}
-	z = all ? proxy_of_segment(&r, &p, all, &from_pod) : 0;
+	z = all ? proxy_of_segment(skb, &p, all) : 0;
 	if (z)
 		return to_proxy(&r, z, REASON_TO_PROXY_ESTABLISHED, SIGN_ESTABLISHED);
 	if (skb->ingress_ifindex == 0) {
@@ -670,7 +674,7 @@ int proxy_egress(struct __sk_buff *skb)
 		if (f && f->kind != FLOW_INBOUND && f->ifindex == to->ifindex)
 			return deliver(&r, to, REASON_FROM_PROXY_LOCAL);
 		state = socket_state(skb, &p, self->nsid);
-		/* With an entry it is an answer to the pod, whose flow is not the one that was closed (proxy_of_segment). */
+		/* With an entry it is an answer to the pod, whose flow is not the one that was closed (see proxy_of_segment). */
 		if (state && state != BPF_TCP_LISTEN && !(f && state == BPF_TCP_TIME_WAIT))
 			return to_proxy(&r, self, REASON_TO_PROXY_ESTABLISHED, SIGN_ESTABLISHED);
 		/* Half open towards the listener's own port looks like the listener: let TPROXY find out. */
