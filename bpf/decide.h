@@ -108,6 +108,11 @@ static __always_inline int send_reset(const struct run *r, const struct interfac
 		return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
 	}
 	count(r, REASON_RESET_NO_LISTENER);
+	if (r->program == INPOD_INGRESS && skb->sk) {
+		/* The node's own SYN is its socket's until it is received, and inpod_egress lets no socket's RST by: a clone has none. */
+		bpf_clone_redirect(skb, skb->ifindex, 0);
+		return DROP;
+	}
 	return bpf_redirect(skb->ifindex, 0);
 }
 

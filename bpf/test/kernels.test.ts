@@ -42,6 +42,7 @@ const HELPERS: Record<string, string> = {
   bpf_skb_store_bytes: '4.1',
   bpf_l3_csum_replace: '4.1',
   bpf_l4_csum_replace: '4.1',
+  bpf_clone_redirect: '4.2',
   bpf_redirect: '4.4',
   bpf_skb_event_output: '4.4',
   bpf_skb_load_bytes: '4.5',

@@ -3,7 +3,7 @@
 // What holds in the shared contract holds in the in-pod contract too: policies, exclusions, fragments, drain, CHECK; and
 // what only this one has: the proxy's mark, which can be forged, and interfaces without a host-side peer.
 
-import { mkdirSync, rmdirSync, statSync, writeFileSync } from 'node:fs';
+import { mkdirSync, readdirSync, rmdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { loadNative } from '../../plugin/addon.ts';
@@ -349,6 +349,36 @@ describe.each(hooks)('policies, exclusions and fragments, %s', (hook) => {
       await untilMoved(mesh, mesh.client, before, 'inpod_guard drop_vlan_tagged');
       expect(ofClient.lines('vlan and tcp dst port 1')).toEqual([]);
     });
+  });
+});
+
+describe.each(hooks)('closedAction reset where inpod_sign is gone, %s', (hook) => {
+  let mesh: InPodMesh;
+  beforeAll(async () => {
+    mesh = await InPodMesh.start({ hook, client: { entry: { closedAction: 'reset' } } });
+    const { stateDir, node } = mesh.topology;
+    if (hook === 'clsact') {
+      node.run(['tc', 'filter', 'del', 'dev', mesh.client.hostIfname, 'egress']);
+      return;
+    }
+    for (const key of readdirSync(join(stateDir, 'links'))) rmSync(join(stateDir, 'links', key, 'inpod_sign'));
+    // A link without a pin ends, a moment later.
+    const native = loadNative();
+    const netns = native.openNetns(node.path);
+    const attached = () => native.queryTcx(netns, mesh.client.hostIfindex, 'egress').length;
+    await until('it is detached', () => attached() === 0).finally(() => native.close(netns));
+  });
+  afterAll(() => mesh?.close());
+
+  test.each(families)('IPv%i: the node itself is refused as others are', async (family) => {
+    const before = mesh.counters();
+    for (const from of ['host', 'plain'] as const) {
+      expect(await mesh.refused(from, mesh.address('client', family)), from).toBe('ECONNREFUSED');
+    }
+    const moved = mesh.moved(before, mesh.client);
+    expect(moved['inpod_ingress reset_no_listener']).toBe(2);
+    expect(moved['inpod_egress pass_bypass']).toBe(2);
+    expect(dropped(moved)).toEqual([]);
   });
 });
 
