@@ -814,6 +814,7 @@ Napi::Value testRun(const Info &info) {
   object.Set("verdict", run.verdict);
   object.Set("packet", bytes_object(info.Env(), out.data(), run.packet_size));
   object.Set("mark", run.mark);
+  object.Set("interfaceId", run.interface_id);
   object.Set("nanoseconds", run.nanoseconds);
   return object;
 }

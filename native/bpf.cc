@@ -107,7 +107,7 @@ TestRun test_run(int program, const uint8_t *packet, size_t size, uint8_t *out, 
   options.repeat = static_cast<int>(input.repeat);
   int result = kernel_call("bpf(BPF_PROG_TEST_RUN)", [&] { return bpf_prog_test_run_opts(program, &options); });
   if (result < 0) throw KernelError(errno, "bpf(BPF_PROG_TEST_RUN)", "program fd " + std::to_string(program));
-  return {static_cast<int32_t>(options.retval), options.data_size_out, after.mark, options.duration};
+  return {static_cast<int32_t>(options.retval), options.data_size_out, after.mark, after.cb[0], options.duration};
 }
 
 }  // namespace ambient

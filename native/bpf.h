@@ -54,6 +54,7 @@ struct TestRun {
   int32_t verdict;
   size_t packet_size;
   uint32_t mark;
+  uint32_t interface_id;  // what is left in cb[0]
   uint32_t nanoseconds;
 };
 struct TestRunInput {

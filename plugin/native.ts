@@ -504,12 +504,15 @@ export interface Native {
   programInfo(programFd: number): ProgramInfo;
   /** null if no program has that id (any more) */
   programById(id: number): ProgramInfo | null;
-  /** BPF_PROG_TEST_RUN with data_in = packet (Ethernet), optional __sk_buff fields */
+  /**
+   * BPF_PROG_TEST_RUN with data_in = packet (Ethernet), optional __sk_buff fields. `interfaceId` is in cb[0], before and
+   * after.
+   */
   testRun(
     programFd: number,
     packet: Uint8Array,
     skb?: { mark?: number; ingressIfindex?: number; ifindex?: number; repeat?: number; interfaceId?: number },
-  ): { verdict: number; packet: Uint8Array; mark: number; nanoseconds: number };
+  ): { verdict: number; packet: Uint8Array; mark: number; interfaceId: number; nanoseconds: number };
 
   // --- hooks -----------------------------------------------------------------------------------------------------
   /** BPF_LINK_CREATE (first: BPF_F_BEFORE, last: BPF_F_AFTER) and BPF_OBJ_PIN; undone if the pin fails. EINVAL/EOPNOTSUPP below 6.6 */

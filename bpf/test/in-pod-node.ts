@@ -6,6 +6,7 @@
 
 import { readFileSync, statSync } from 'node:fs';
 import { join } from 'node:path';
+import { expect } from 'vitest';
 import { Endpoint } from '../../conformance/e2e/endpoint.ts';
 import { must, type Namespace, Testbed } from '../../conformance/netns.ts';
 import { loadNative } from '../../plugin/addon.ts';
@@ -23,7 +24,7 @@ export const PORTS = { outbound: 15001, inboundPlaintext: 15006, inboundHBONE: 1
 /** A listener without the proxy's mark, and a port that nobody listens on. */
 export const UNMARKED = 16001;
 export const DEAF = 16999;
-/** The proxy's DNS listener of one family alone. */
+/** The proxy's DNS listener of one family alone, on loopback alone. */
 export const DNS_OF = { 4: 15054, 6: 15056 } as const;
 export const APP = 8080;
 export const SIGN_PROBE = 10;
@@ -112,7 +113,7 @@ export class InPodNode {
         ...[APP, UNMARKED].map((port) => node.endpoint.listen(port)),
         node.endpoint.serveUDP(dns, PROXY_MARK),
         node.endpoint.serveUDP(UNMARKED),
-        ...families.map((family) => node.endpoint.serveUDP(DNS_OF[family], PROXY_MARK, [family])),
+        ...families.map((family) => node.endpoint.serveUDP(DNS_OF[family], PROXY_MARK, [its[family].loopback])),
         node.peer.listen(APP),
       ]);
       return node;
@@ -233,5 +234,7 @@ export class InPodDatapath extends Loaded {
     });
     for (const { program, reason } of this.counters(id)) this.seen.add(`${program} ${reason}`);
     this.expectOutcome(program, id, frame, result, outcome, mark);
+    // Another's program behind ours shares the control block.
+    expect(result.interfaceId).toBe(0);
   }
 }

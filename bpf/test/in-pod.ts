@@ -57,7 +57,8 @@ const LOOPED = { mark: MARKS.tproxy };
 const LO = '00:00:00:00:00:00';
 /** Of lo's MACs, which are zero. */
 const toLo: Wire = { source: LO, destination: LO };
-const PAYLOAD = { payload: Buffer.from('x') };
+/** One byte for each 32-bit word of the header. */
+const PAYLOAD = { payload: Buffer.from('hello') };
 const SYN_WITH_PAYLOAD = { flags: SYN, ...PAYLOAD };
 
 /** To its own ingress. */
@@ -756,6 +757,7 @@ export function inPod(datapath: () => InPodDatapath): void {
           await ingress(toPod({}, within, undefined, { address: loopback, port: PORTS.dns }), inside);
           await ingress(toPod({}, within, { address: loopback, port: 1 }), inside);
           await ingress(udpFrame(within, { address: outside, port: 1 }, { address: loopback, port: 1 }), inside);
+          await ingress(udpFrame(within, { address: loopback, port: 1 }, { address: pod, port: 1 }), inside);
         }
         await ingress(toPod({}, within, { address: '128.0.0.1', port: 1 }), pass('redirected_inbound', 0));
         await ingress(toPod({}, within, { address: '126.0.0.1', port: 1 }), pass('redirected_inbound', 0));

@@ -106,8 +106,9 @@ export const DNS = 15053;
 export const DEAF = 16999;
 /** The old proxy's outbound listener takes what comes from the far side for this port. */
 export const TAKEN = 4244;
-/** The old proxy's DNS listener of one family alone. */
+/** The old proxy's DNS listener of one family alone, on loopback alone. */
 export const DNS_OF = { 4: 15054, 6: 15056 } as const;
+const LOOPBACK = { 4: '127.0.0.1', 6: '::1' } as const;
 
 const DIRECT_FLOWS = 1024;
 
@@ -309,7 +310,7 @@ export class Node {
           node.new.listen(port),
         ]),
         ...[node.old, node.new].map((proxy) => proxy.serveUDP(DNS)),
-        ...families.map((family) => node.old.serveUDP(DNS_OF[family], 0, [family])),
+        ...families.map((family) => node.old.serveUDP(DNS_OF[family], 0, [LOOPBACK[family]])),
         node.inPod.listen(APP),
         node.inNode.listen(APP),
       ]);

@@ -24,6 +24,7 @@ export interface TestRunResult {
   verdict: number;
   packet: Uint8Array;
   mark: number;
+  interfaceId: number;
 }
 
 export type Answer = { id: number; result: unknown } | { id: number; error: string };

@@ -4,7 +4,7 @@
 import { describe, expect, test } from 'vitest';
 import { until } from '../../conformance/netns.ts';
 import type { TraceEvent } from '../../plugin/native.ts';
-import { arpFrame, type End, SYN, tcpFrame } from './frames.ts';
+import { arpFrame, type End, fragmentHeader, IPPROTO_TCP, ipFrame, ipPacket, SYN, tcpFrame } from './frames.ts';
 import { addresses, type Datapath, drop, families, fromPod, HTTP, pass, SIGN } from './node.ts';
 
 export function trace(datapath: () => Datapath): void {
@@ -16,7 +16,14 @@ export function trace(datapath: () => Datapath): void {
     ];
     const redirected = () => datapath().toProxy('redirected_outbound', datapath().old(), SIGN.OUTBOUND);
 
-    /** What is reported of a SYN that is taken, an address that is spoofed and an ARP request, in this order. */
+    /** A fragment behind the first one, which never came. */
+    const laterFragment = (): Buffer => {
+      const [from, to] = ends();
+      const fields = family === 4 ? { fragmentOffset: 32 } : { extensions: [fragmentHeader(32, false)] };
+      return ipFrame(fromPod, ipPacket(from.address, to.address, IPPROTO_TCP, Buffer.alloc(40, 7), fields));
+    };
+
+    /** What is reported of a SYN that is taken, a spoofed address, an ARP request and a fragment, in this order. */
     async function reported(filter: { ifindex: number; reason: string | null } | null): Promise<TraceEvent[]> {
       const { node, state } = datapath();
       const events: TraceEvent[] = [];
@@ -29,6 +36,7 @@ export function trace(datapath: () => Datapath): void {
         const spoofed = tcpFrame(fromPod, { ...from, address: its.outsideAtOld }, to, { flags: SYN });
         await datapath().check('pod_egress', spoofed, drop('drop_spoofed_source'));
         await datapath().check('pod_egress', arpFrame(fromPod, '10.71.0.2', '10.71.0.1'), pass('pass_not_tcp'));
+        await datapath().check('pod_egress', laterFragment(), drop('drop_fragment'));
         expect(node.native.getTrace(state).lost).toBe(0);
         // The end of it: an event that is always reported.
         node.native.setTrace(state, { ifindex: last.ifindex, reason: null });
@@ -42,7 +50,7 @@ export function trace(datapath: () => Datapath): void {
       }
     }
 
-    const all = ['redirected_outbound', 'drop_spoofed_source', 'pass_not_tcp'];
+    const all = ['redirected_outbound', 'drop_spoofed_source', 'pass_not_tcp', 'drop_fragment'];
     const reasonsOf = (events: readonly TraceEvent[]) => events.map(({ reason }) => reason);
 
     test('nobody asked: nothing', async () => {
@@ -51,7 +59,7 @@ export function trace(datapath: () => Datapath): void {
     test('everything, with every field', async () => {
       const events = await reported({ ifindex: 0, reason: null });
       expect(reasonsOf(events)).toEqual(all);
-      const [first, , arp] = events;
+      const [first, , arp, later] = events;
       const { pod } = datapath().node.ifindex;
       expect([first?.program, first?.ifindex, first?.family, first?.flags, first?.protocol]).toEqual([
         'pod_egress',
@@ -63,6 +71,13 @@ export function trace(datapath: () => Datapath): void {
       expect(first?.length).toBe(family === 4 ? 54 : 74);
       expect([first?.sourcePort !== HTTP, first?.destinationPort]).toEqual([true, HTTP]);
       expect([arp?.family, arp?.flags, arp?.length]).toEqual([0, 0, 42]);
+      expect([later?.family, later?.source, later?.destination, later?.sourcePort, later?.destinationPort]).toEqual([
+        family,
+        first?.source,
+        first?.destination,
+        0,
+        0,
+      ]);
     });
     test('those that find no room in the buffer are counted as lost', async () => {
       const d = datapath();

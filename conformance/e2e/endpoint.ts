@@ -259,9 +259,8 @@ export class Endpoint {
     await this.#call('offload', { ifname, ...wanted });
   }
 
-  async serveUDP(port: number, mark = 0, families: readonly (4 | 6)[] = [4, 6]): Promise<void> {
-    const serve = (family: 4 | 6) => this.#call('udp_serve', { address: family === 4 ? '0.0.0.0' : '::', port, mark });
-    await Promise.all(families.map(serve));
+  async serveUDP(port: number, mark = 0, addresses: readonly string[] = ['0.0.0.0', '::']): Promise<void> {
+    await Promise.all(addresses.map((address) => this.#call('udp_serve', { address, port, mark })));
   }
 
   /** The answer of serveUDP: the source address it saw, a space, `text`. */

@@ -32,7 +32,7 @@ export type Verdict = {
   failure: string;
   test?: string;
   killer?: string;
-  /** There are not enough ports for another run. */
+  /** Not enough ports are left for another run, or so much memory is in use that each fork takes long. */
   spent: boolean;
 };
 /** The first message: fingerprints of all tests. */
@@ -45,6 +45,8 @@ let runs = 0;
 /** Ports that a run took at most. */
 let most = 5_000;
 const LAST_PORT = 60_000;
+/** bytes */
+const MOST_MEMORY = 700 * 2 ** 20;
 let order: Order = { object: '', changed: [], place: '' };
 
 class Refused extends Error {}
@@ -133,7 +135,7 @@ async function judge(given: Order): Promise<Verdict> {
   }
   const last = Math.max(node.lastPort, inPodNode.lastPort);
   most = Math.max(most, last - before);
-  return { ...verdictOf(failure, sure), spent: last + most > LAST_PORT };
+  return { ...verdictOf(failure, sure), spent: last + most > LAST_PORT || process.memoryUsage.rss() > MOST_MEMORY };
 }
 
 function verdictOf(failure: Failure | undefined, sure: boolean): Omit<Verdict, 'spent'> {
