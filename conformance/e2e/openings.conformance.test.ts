@@ -77,7 +77,7 @@ describe.each(['tcx', 'clsact'] as const)('shared, %s: no SYN is lost', (hook) =
 
   test('when a running pod leaves and comes back', { timeout: 60_000 + ROUNDS * 5_000 }, async () => {
     const mesh = await start();
-    const under = await load(mesh, 0.001);
+    const under = await load(mesh, 0.002);
     for (let i = 0; i < ROUNDS; i++) await leaveAndComeBack(mesh, under);
     await some(under);
     await expectLossless(under);
@@ -88,7 +88,7 @@ describe.each(['tcx', 'clsact'] as const)('shared, %s: no SYN is lost', (hook) =
     const directory = mesh.topology.testbed.directory('net.d');
     writeFileSync(join(directory, '10.conflist'), '{"cniVersion":"1.0.0","name":"pods","plugins":[{"type":"ptp"}]}');
     const directories = ['--cni-net-dir', directory, '--cni-bin-dir', directory];
-    const under = await load(mesh, 0.001);
+    const under = await load(mesh, 0.002);
     for (let i = 0; i < ROUNDS; i++) {
       await some(under);
       const said = await mesh.commanded('uninstall', ...directories, '--executable-delay', '0');

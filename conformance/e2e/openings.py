@@ -62,6 +62,7 @@ class Openings:
         self.period = period
         self.addresses = addresses
         self.selector = selectors.DefaultSelector()
+        self.tried = 0
         self.begun = 0
         self.greeted = 0
         self.failed = {}
@@ -70,13 +71,19 @@ class Openings:
 
     def begin(self):
         address = self.addresses[self.begun % len(self.addresses)]
-        source = FIRST_PORT + self.begun % PORTS
-        self.begun += 1
+        source = FIRST_PORT + self.tried % PORTS
+        self.tried += 1
         one = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
         one.setblocking(False)
         if ":" in address:
             one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        one.bind(("", source))
+        try:
+            one.bind(("", source))
+        except OSError:
+            # All have been used within a minute: this one is in TIME_WAIT still.
+            one.close()
+            return
+        self.begun += 1
         self.open[one] = time.monotonic()
         self.selector.register(one, selectors.EVENT_READ)
         failure = one.connect_ex((address, self.port))
