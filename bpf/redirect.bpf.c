@@ -257,8 +257,8 @@ static __always_inline int reinject(const struct run *r, __u32 ifindex)
 /* ---- decisions --------------------------------------------------------------------------------------------------- */
 
 /*
- * A segment with no socket in any proxy, or one in TIME_WAIT. `from_pod` is its tuple with the pod's end as source, `from_proxy` the tuple
- * under which "flows" would know it.
+ * A segment with no socket in any proxy, or one in TIME_WAIT. `from_pod` is its tuple with the pod's end as source,
+ * `from_proxy` the tuple under which "flows" would know it.
  */
 static __always_inline int without_socket(const struct run *r, struct packet *p, const struct interface *self,
 					  struct proxies *all, const struct tuple *from_pod,

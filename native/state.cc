@@ -374,7 +374,8 @@ uint64_t memlock(int map) {
   return strtoull(text.c_str() + at + strlen("memlock:"), nullptr, 10);
 }
 
-// `visit` gets keys and values of so many entries. false where the kernel cannot do it for this type of map (HASH_OF_MAPS below 5.13, all below 5.6)
+// `visit` gets keys and values of so many entries. false where the kernel cannot do it for this type of map (HASH_OF_MAPS
+// below 5.13, all below 5.6).
 bool read_in_batches(int fd, const Shape &shape,
                      const std::function<void(const uint8_t *, const uint8_t *, uint32_t)> &visit) {
   constexpr uint32_t BATCH = 4096;
