@@ -298,25 +298,17 @@ static __always_inline int new_connection(const struct run *r, struct packet *p,
 	struct proxy *z;
 	__u32 reason;
 
-	if (all && self->flags & INTERFACE_DRAINING) {
-		z = connected_proxy(skb, p, all);
-		if (z) {
-			remember_flow(from_proxy, r->ifindex, side == INBOUND ? FLOW_INBOUND : FLOW_OUTBOUND);
-			if (side == INBOUND)
-				return to_proxy(r, z, REASON_REDIRECTED_INBOUND, SIGN_INBOUND);
-			if (side == DNS)
-				return to_proxy(r, z, REASON_DNS_CAPTURED, SIGN_DNS_TCP);
-			return to_proxy(r, z, REASON_REDIRECTED_OUTBOUND, SIGN_OUTBOUND);
-		}
+	z = all && self->flags & INTERFACE_DRAINING ? connected_proxy(skb, p, all) : 0;
+	if (!z) {
+		reason = goes_direct(r, p, self, from_pod, side);
+		if (reason)
+			return pass_direct(r, from_pod, reason);
+		/* Whatever flow had this tuple is over. */
+		forget_direct(r->ifindex, from_pod);
+		z = all ? listening_proxy(skb, p, all, side) : 0;
+		if (!z)
+			return by_policy(r, self, from_pod);
 	}
-	reason = goes_direct(r, p, self, from_pod, side);
-	if (reason)
-		return pass_direct(r, from_pod, reason);
-	/* Whatever flow had this tuple is over. */
-	forget_direct(r->ifindex, from_pod);
-	z = all ? listening_proxy(skb, p, all, side) : 0;
-	if (!z)
-		return by_policy(r, self, from_pod);
 	remember_flow(from_proxy, r->ifindex, side == INBOUND ? FLOW_INBOUND : FLOW_OUTBOUND);
 	if (side == INBOUND)
 		return to_proxy(r, z, REASON_REDIRECTED_INBOUND, SIGN_INBOUND);
