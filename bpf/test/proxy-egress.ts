@@ -203,16 +203,21 @@ export function proxyEgress(datapath: () => Datapath): void {
           await check(send(client, server, { flags: ACK }), loop);
         });
 
+        /** A SYN to the pod, from the end that the proxy has too, is taken at its hook. */
+        const takenAsInbound = (sourcePort: number) => {
+          const d = datapath();
+          const taken = d.toProxy('redirected_inbound', d.old(), SIGN.INBOUND, MARKS.toProxy);
+          const [from, to] = [
+            { address: its.podAtProxy, port: APP },
+            { address: its.outside, port: sourcePort },
+          ];
+          return d.check('pod_ingress', tcpFrame(toPod, from, to), taken, { ingressIfindex: 1 });
+        };
+
         test('both ends are the proxy’s although the flow was taken as inbound', async () => {
           const d = datapath();
           const sourcePort = port();
-          const taken = d.toProxy('redirected_inbound', d.old(), SIGN.INBOUND, MARKS.toProxy);
-          const back = tcpFrame(
-            toPod,
-            { address: its.podAtProxy, port: APP },
-            { address: its.outside, port: sourcePort },
-          );
-          await d.check('pod_ingress', back, taken, { ingressIfindex: 1 });
+          await takenAsInbound(sourcePort);
           const { client, server } = await d.node.connect(d.node.far, its.outside, its.podAtProxy, APP, sourcePort);
           const loop = d.toProxy('to_proxy_established', d.old(), SIGN.ESTABLISHED);
           await check(send(client, server, { flags: ACK }), loop);
@@ -226,13 +231,7 @@ export function proxyEgress(datapath: () => Datapath): void {
           const closed = await timeWait(port());
           await check(send(closed.client, closed.server, { flags: ACK }), loop);
           const sourcePort = port();
-          const taken = d.toProxy('redirected_inbound', d.old(), SIGN.INBOUND, MARKS.toProxy);
-          const back = tcpFrame(
-            toPod,
-            { address: its.podAtProxy, port: APP },
-            { address: its.outside, port: sourcePort },
-          );
-          await d.check('pod_ingress', back, taken, { ingressIfindex: 1 });
+          await takenAsInbound(sourcePort);
           const { client, server } = await timeWait(sourcePort);
           await check(send(client, server, { flags: ACK }), reinjected);
         });
