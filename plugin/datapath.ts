@@ -260,7 +260,7 @@ function* attachAll(attachment: Attachment): Steps<AttachmentRecord> {
     }
     if (plan.interface !== null) withRoom(attachment, () => fillMaps(attachment));
     for (const hook of plan.hooks) yield* attachHook(attachment, hook);
-    if (plan.interface !== null && previous === null) withRoom(attachment, () => begin(attachment));
+    if (previous === null) withRoom(attachment, () => begin(attachment));
     // In the contract in-pod the proxy's own sockets are among the pod's.
     const older = target.role === 'pod' && !target.strict && previous === null;
     if (older && attachment.config.proxy.contract === 'shared') {

@@ -5,9 +5,9 @@ openings.py serve PORT          greets whoever connects, and closes when the oth
 openings.py open PORT PERIOD ADDRESS...  connects, reads the greeting and closes, each PERIOD seconds, to one address
                                         after the other
 
-open: for each line on stdin it prints {"begun", "greeted", "failed": {errno's name: n}, "slowest": seconds}, all since the
-start; at the end of stdin it waits for what is under way, prints that once more, and ends. Source ports are counted up
-from below the ephemeral range, in which a transparent proxy chooses those that it goes on from.
+open: for each line on stdin it prints {"begun", "greeted", "failed": {errno's name: n}}, all since the start; at the end of
+stdin it waits for what is under way, prints that once more, and ends. Source ports are counted up from below the ephemeral
+range, in which a transparent proxy chooses those that it goes on from.
 """
 
 import errno
@@ -66,7 +66,6 @@ class Openings:
         self.begun = 0
         self.greeted = 0
         self.failed = {}
-        self.slowest = 0
         self.open = {}
 
     def begin(self):
@@ -93,7 +92,6 @@ class Openings:
     def end(self, one, failure):
         if failure is None:
             self.greeted += 1
-            self.slowest = max(self.slowest, time.monotonic() - self.open[one])
         else:
             self.failed[failure] = self.failed.get(failure, 0) + 1
         del self.open[one]
@@ -109,12 +107,7 @@ class Openings:
             self.end(one, errno.errorcode[error.errno])
 
     def report(self):
-        print(
-            json.dumps(
-                {"begun": self.begun, "greeted": self.greeted, "failed": self.failed, "slowest": self.slowest}
-            ),
-            flush=True,
-        )
+        print(json.dumps({"begun": self.begun, "greeted": self.greeted, "failed": self.failed}), flush=True)
 
     def run(self):
         os.set_blocking(0, False)

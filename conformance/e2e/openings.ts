@@ -14,8 +14,6 @@ export interface Opened {
   greeted: number;
   /** how often, by errno's name */
   failed: Record<string, number>;
-  /** seconds from connect to the greeting */
-  slowest: number;
 }
 
 /** Greets on `port` of all addresses, and closes when the other end has closed. */
