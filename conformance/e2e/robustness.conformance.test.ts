@@ -399,9 +399,9 @@ describe.each(hooks)('%s: each kernel call fails in turn', (hook) => {
   );
 
   test.each(roles)(
-    'killed before each kernel call of the very first ADD of $role: DEL and ADD still work',
+    'killed before kernel calls of the very first ADD of $role: DEL and ADD still work',
     {
-      timeout: 600_000,
+      timeout: 1_200_000,
     },
     async ({ label, options }) => {
       prepare(hook);
@@ -409,8 +409,9 @@ describe.each(hooks)('%s: each kernel call fails in turn', (hook) => {
       const before = await dump(pod);
       const calls = await callsOf('ADD', pod);
       await succeeds('DEL', pod);
-      const step = long ? 1 : Math.ceil(calls.length / 6);
-      for (let call = 1; call <= calls.length; call += step) {
+      // Every one of them takes an hour: in the long run odd ones with one hook, even ones with the other.
+      const step = long ? 2 : Math.ceil(calls.length / 6);
+      for (let call = long && hook === 'clsact' ? 2 : 1; call <= calls.length; call += step) {
         const title = `killed before call ${call}, ${calls[call - 1]}`;
         await exec(['rm', '-rf', topology.stateDir]);
         const outcome = await run('ADD', pod, { path: faults, env: { AMBIENT_REDIRECT_KILL_CALL: `${call}` } });
