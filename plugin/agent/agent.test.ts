@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The agent over real state, a real agent.sock and the stand-in ztunnel. Records are written as the plugin writes them.
 
-import { existsSync, mkdirSync, statSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readFileSync, statSync, writeFileSync } from 'node:fs';
 import { createServer, request } from 'node:http';
 import { createServer as createSocketServer } from 'node:net';
 import { join } from 'node:path';
 import { text } from 'node:stream/consumers';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import { Testbed } from '../../conformance/netns.ts';
+import { must, Testbed } from '../../conformance/netns.ts';
 import { descriptors, native } from '../../native/native.testing.ts';
 import { announceAttachment, askAgent, callAgent, withdrawAttachment } from '../agent-client.ts';
 import { CniError } from '../cni/errors.ts';
@@ -469,6 +469,39 @@ describe('ports', () => {
       await ports.close();
     }
   });
+});
+
+test("a pod's counters that begin anew, whichever of packets and bytes tells it", async () => {
+  const { agent } = await site.agent();
+  // "0-7"
+  const processors = 1 + Number(/\d+$/.exec(readFileSync('/sys/devices/system/cpu/possible', 'latin1').trim())?.[0]);
+  const total = async (name: string) => {
+    agent.refreshMetrics();
+    const text = await agent.metrics.registry.getSingleMetricAsString(`ambient_redirect_${name}_total`);
+    const values = text.split('\n').filter((line) => line.startsWith('ambient_redirect_'));
+    return values.reduce((sum, line) => sum + Number(line.split(' ').at(-1)), 0) / processors;
+  };
+  // The same on each processor.
+  const count = (packets: number, bytes: number) => {
+    const key = Buffer.alloc(8);
+    key.writeUInt32LE(7);
+    key.writeUInt16LE(1, 4);
+    key.writeUInt16LE(1, 6);
+    const value = Buffer.alloc(16);
+    value.writeBigUInt64LE(BigInt(packets));
+    value.writeBigUInt64LE(BigInt(bytes), 8);
+    const words = (bytes: Buffer) => ['hex', ...[...bytes].map((byte) => byte.toString(16).padStart(2, '0'))];
+    const map = join(site.settings.stateDir, 'counters');
+    must(['bpftool', 'map', 'update', 'pinned', map, 'key', ...words(key), 'value', ...words(value)]);
+  };
+  count(3, 300);
+  expect([await total('packets'), await total('bytes')]).toEqual([3, 300]);
+  count(5, 400);
+  expect([await total('packets'), await total('bytes')]).toEqual([5, 400]);
+  count(5, 250);
+  expect([await total('packets'), await total('bytes')]).toEqual([10, 650]);
+  count(1, 260);
+  expect([await total('packets'), await total('bytes')]).toEqual([11, 910]);
 });
 
 function agentView(agent: Agent): Pick<Agent, 'metrics' | 'readiness' | 'refreshMetrics'> {

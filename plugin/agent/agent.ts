@@ -624,8 +624,9 @@ export class Agent {
       const key = `${ifindex} ${program} ${reason}`;
       seen.add(key);
       const last = isFirst ? { packets, bytes } : this.#counted.get(key);
-      // A smaller number: another pod has the interface's number by now.
-      const before = last === undefined || last.packets > packets ? { packets: 0n, bytes: 0n } : last;
+      // A smaller number: they were counted anew, for another pod or since this one was detached.
+      const isAnew = last === undefined || last.packets > packets || last.bytes > bytes;
+      const before = isAnew ? { packets: 0n, bytes: 0n } : last;
       this.metrics.packets.inc({ program, reason }, Number(packets - before.packets));
       this.metrics.bytes.inc({ program, reason }, Number(bytes - before.bytes));
       this.#counted.set(key, { packets, bytes });
