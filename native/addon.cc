@@ -471,6 +471,13 @@ Napi::Value putAttachment(const Info &info) {
   return info.Env().Undefined();
 }
 
+Napi::Value replaceAttachment(const Info &info) {
+  State &state = to_state(info);
+  Key key = to_key(info[1]);
+  auto record = to_attachment(info[2], "record");
+  return boolean(info, replace(state.fd(ATTACHMENTS), key.bytes, &record, "attachments"));
+}
+
 Napi::Value deleteAttachment(const Info &info) {
   State &state = to_state(info);
   return boolean(info, erase(state.fd(ATTACHMENTS), to_key(info[1]).bytes, "attachments"));
@@ -1231,6 +1238,7 @@ const Export FUNCTIONS[] = {
     EXPORT(settings),
     EXPORT(getAttachment),
     EXPORT(putAttachment),
+    EXPORT(replaceAttachment),
     EXPORT(deleteAttachment),
     EXPORT(listAttachments),
     EXPORT(getInterface),

@@ -28,15 +28,23 @@ bool lookup(int map, const void *key, void *value, const char *map_name) {
   throw KernelError(errno, "bpf(BPF_MAP_LOOKUP_ELEM)", std::string("map ") + map_name);
 }
 
+static int try_update(int map, const void *key, const void *value, Update mode) {
+  return kernel_call("bpf(BPF_MAP_UPDATE_ELEM)",
+                     [&] { return bpf_map_update_elem(map, key, value, static_cast<uint64_t>(mode)); });
+}
+
 void update(int map, const void *key, const void *value, Update mode, const char *map_name) {
-  int result = kernel_call("bpf(BPF_MAP_UPDATE_ELEM)", [&] {
-    return bpf_map_update_elem(map, key, value, static_cast<uint64_t>(mode));
-  });
-  if (result < 0) {
+  if (try_update(map, key, value, mode) < 0) {
     KernelError error(errno, "bpf(BPF_MAP_UPDATE_ELEM)", std::string("map ") + map_name);
     if (error.number == E2BIG) error.object += ", which is full";
     throw error;
   }
+}
+
+bool replace(int map, const void *key, const void *value, const char *map_name) {
+  if (try_update(map, key, value, Update::exist) == 0) return true;
+  if (errno == ENOENT) return false;
+  throw KernelError(errno, "bpf(BPF_MAP_UPDATE_ELEM)", std::string("map ") + map_name);
 }
 
 bool erase(int map, const void *key, const char *map_name) {

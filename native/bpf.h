@@ -23,6 +23,8 @@ void pin_object(int fd, const std::string &path);
 bool lookup(int map, const void *key, void *value, const char *map_name);
 enum class Update : uint64_t { any = BPF_ANY, no_exist = BPF_NOEXIST, exist = BPF_EXIST };
 void update(int map, const void *key, const void *value, Update mode, const char *map_name);
+// false: no such key, and none is made
+bool replace(int map, const void *key, const void *value, const char *map_name);
 bool erase(int map, const void *key, const char *map_name);
 // false: `key` was the last. With a null key: the first.
 bool next_key(int map, const void *key, void *next, const char *map_name);

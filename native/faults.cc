@@ -17,6 +17,7 @@ std::vector<std::string> calls;
 unsigned long failing_call = 0;
 int failing_errno = ENOMEM;
 unsigned long killing_call = 0;
+unsigned long stopping_call = 0;
 int calls_file = -1;
 
 unsigned long number_from_environment(const char *name, unsigned long otherwise) {
@@ -30,6 +31,7 @@ void read_fault_environment() {
   failing_call = number_from_environment("AMBIENT_REDIRECT_FAIL_CALL", 0);
   failing_errno = static_cast<int>(number_from_environment("AMBIENT_REDIRECT_FAIL_ERRNO", ENOMEM));
   killing_call = number_from_environment("AMBIENT_REDIRECT_KILL_CALL", 0);
+  stopping_call = number_from_environment("AMBIENT_REDIRECT_STOP_CALL", 0);
   if (const char *path = getenv("AMBIENT_REDIRECT_CALLS_FILE")) {
     calls_file = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
   }
@@ -43,6 +45,8 @@ int next_fault(const char *name) {
     if (write(calls_file, line.data(), line.size()) < 0) abort();
   }
   if (calls.size() == killing_call) kill(getpid(), SIGKILL);
+  // To this thread, which then stands when raise() returns.
+  if (calls.size() == stopping_call) raise(SIGSTOP);
   return calls.size() == failing_call ? failing_errno : 0;
 }
 

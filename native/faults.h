@@ -7,6 +7,7 @@
 //   AMBIENT_REDIRECT_FAIL_CALL=N     the N-th call (1-based) fails
 //   AMBIENT_REDIRECT_FAIL_ERRNO=E    with this errno, 12 (ENOMEM) if absent
 //   AMBIENT_REDIRECT_KILL_CALL=N     the process is killed (SIGKILL) instead of making the N-th call
+//   AMBIENT_REDIRECT_STOP_CALL=N     the process stops (SIGSTOP) before the N-th call, until it is sent SIGCONT
 //   AMBIENT_REDIRECT_CALLS_FILE=PATH the names of all calls are appended, one a line, each before it is made
 #ifndef AMBIENT_NATIVE_FAULTS_H
 #define AMBIENT_NATIVE_FAULTS_H

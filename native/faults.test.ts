@@ -241,6 +241,7 @@ describe('every kernel call fails once', () => {
       undo: () => native.addLocalRoute(podFd, route),
     },
     putAttachment: { act: () => native.putAttachment(state, key, attachmentRecord()) },
+    replaceAttachment: { act: () => native.replaceAttachment(state, key, attachmentRecord()) },
     getAttachment: { act: () => native.getAttachment(state, key) },
     listAttachments: { act: () => native.listAttachments(state) },
     deleteAttachment: { act: () => native.deleteAttachment(state, key) },

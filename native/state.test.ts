@@ -309,6 +309,18 @@ describe('attachments', () => {
     expect(native.deleteAttachment(state, bytes(32))).toBe(false);
   });
 
+  test('a record is replaced where it is there, and not made where it is not', () => {
+    const state = created();
+    expect(native.replaceAttachment(state, bytes(32), shortest())).toBe(false);
+    expect(native.getAttachment(state, bytes(32))).toBeNull();
+    native.putAttachment(state, bytes(32), attachmentRecord());
+    expect(native.replaceAttachment(state, bytes(32), shortest())).toBe(true);
+    expect(native.getAttachment(state, bytes(32))).toEqual(shortest());
+    for (let i = 1; i < 32; i++) native.putAttachment(state, bytes(32, i), attachmentRecord());
+    expect(native.replaceAttachment(state, bytes(32), attachmentRecord())).toBe(true);
+    expect(native.replaceAttachment(state, bytes(32, 32), attachmentRecord())).toBe(false);
+  });
+
   test('fill the map: E2BIG, and a place that is given back can be used', () => {
     const state = created();
     for (let i = 0; i < 32; i++) native.putAttachment(state, bytes(32, i), attachmentRecord());

@@ -254,6 +254,11 @@ const functions: Record<
     ['key', key],
     ['record', object(attachmentRecord)],
   ],
+  replaceAttachment: [
+    ['state', stateKind],
+    ['key', key],
+    ['record', object(attachmentRecord)],
+  ],
   deleteAttachment: [
     ['state', stateKind],
     ['key', key],

@@ -45,6 +45,7 @@ import {
   ensurePrograms,
   ensureState,
   enterBeside,
+  enterToAttach,
   hasCode,
   kernelReason,
   knownStateDirs,
@@ -78,6 +79,8 @@ export interface Target {
   asRecorded?: boolean;
   /** by a process that may have outlived an upgrade: refused (11) where another build's programs are in place */
   resident?: boolean;
+  /** as its record says: refused (100) where there is none any more, as its DEL has removed it */
+  recorded?: boolean;
 }
 
 /** What kind of kernel object differs. */
@@ -103,6 +106,7 @@ export function targetOf(key: AttachmentKey, record: AttachmentRecord, role: 'po
     shaped: false,
     egressLimited: false,
     bypassInbound: false,
+    recorded: true,
   };
 }
 
@@ -148,7 +152,7 @@ export function* attachSteps(
   target: Target,
   sandbox?: Sandbox,
 ): Steps<AttachmentRecord> {
-  const leave = enterBeside(native, config.runDir);
+  const leave = enterToAttach(native, config.runDir);
   try {
     return yield* attachBeside(native, config, target, sandbox);
   } finally {
@@ -178,6 +182,7 @@ function* attachBeside(
     const superseded = target.resident === true ? supersededBy(native, state, config.stateDir) : null;
     if (superseded !== null) throw new CniError(Code.TRY_AGAIN_LATER, 'another build has taken over', superseded);
     const programTag = ensurePrograms(native, state, config);
+    if (target.recorded === true && native.getAttachment(state, target.key) === null) throw deleted(target);
     if (plan.hooks.some(isStubbed)) assertSteering(native, state);
     removeDeadProxies(native, state, config.runDir);
     const id = facts.host?.ifindex ?? interfaceIdOfKey(native, state, target.key);
@@ -250,9 +255,10 @@ function* attachAll(attachment: Attachment): Steps<AttachmentRecord> {
   const { native, state, target, record, plan, undo } = attachment;
   try {
     const { previous, fallback } = attachment;
-    writeRecord(attachment, 'attaching');
+    if (fallback === null && target.recorded !== true) beginRecord(attachment);
+    else writeRecord(attachment, 'attaching');
     if (fallback === null) undo.push(() => native.deleteAttachment(state, target.key));
-    else undo.push(() => putUnlessDeleted(native, state, target.key, fallback));
+    else undo.push(() => native.replaceAttachment(state, target.key, fallback));
     if (isLooping(record)) addRouting(attachment);
     if ((record.flags & (native.flags.INTERFACE_TPROXY ?? 0)) !== 0) {
       undo.push(() => deleteTproxy(attachment.netns));
@@ -414,9 +420,21 @@ function* removeOld(
 
 // ---- steps of attach ---------------------------------------------------------------------------------------------
 
-function writeRecord({ native, config, state, target, record }: Attachment, to: AttachmentRecord['state']): void {
-  record.state = to;
+/** Of an attachment that is not recorded yet. */
+function beginRecord({ native, config, state, target, record }: Attachment): void {
+  record.state = 'attaching';
   putRecord(native, config, state, target.key, record);
+}
+
+/** Its DEL may run beside the agent that attaches: a record that DEL has removed does not come back. Throws CniError 100. */
+function writeRecord({ native, state, target, record }: Attachment, to: AttachmentRecord['state']): void {
+  record.state = to;
+  if (!native.replaceAttachment(state, target.key, record)) throw deleted(target);
+}
+
+function deleted({ pod, containerId, ifname, netnsPath }: Target): CniError {
+  const name = describePod({ podName: pod.name, podNamespace: pod.namespace, containerId });
+  return new CniError(Code.SANDBOX_NOT_FOUND, `${name} is gone`, `DEL of ${ifname} in ${netnsPath} was run meanwhile`);
 }
 
 function putRecord(
@@ -994,12 +1012,7 @@ export function* detachRecordSteps(
   if (record.role === 'pod') removeEntries(native, state, record, left !== null);
   if (record.role === 'proxy') forgetCounters(native, state, record.hostIfindex);
   if (left === null) native.deleteAttachment(state, key);
-  else putUnlessDeleted(native, state, key, left);
-}
-
-/** Its DEL may have run meanwhile: a record that it removed does not come back. */
-function putUnlessDeleted(native: Native, state: State, key: AttachmentKey, record: AttachmentRecord): void {
-  if (native.getAttachment(state, key) !== null) native.putAttachment(state, key, record);
+  else native.replaceAttachment(state, key, left);
 }
 
 /** Does its namespace have our rule and route? */
@@ -1080,7 +1093,7 @@ function leaveNetns(native: Native, state: State, netns: number, key: Attachment
     if (shared && sharer !== undefined) {
       // From now on it is that one's to be reset.
       sharer.record.flags |= bit;
-      native.putAttachment(state, sharer.key, sharer.record);
+      native.replaceAttachment(state, sharer.key, sharer.record);
     } else if (shared || there) {
       set(netns, record.podIfindex, false);
     }
@@ -1262,7 +1275,7 @@ export function followMac(
   const entry = native.getInterface(state, record.interfaceId);
   if (entry !== null) native.putInterface(state, record.interfaceId, { ...entry, podMac });
   const now = { ...record, podMac };
-  native.putAttachment(state, key, now);
+  native.replaceAttachment(state, key, now);
   return now;
 }
 

@@ -25,7 +25,7 @@ export function isDraining(native: Native, record: AttachmentRecord): boolean {
   return record.role === 'pod' && (record.flags & (native.flags.INTERFACE_DRAINING ?? 0)) !== 0;
 }
 
-/** From now on new connections of the pod go direct. */
+/** From now on new connections of the pod go direct. Nothing is done for one whose DEL has run meanwhile. */
 export function beginDrain(
   native: Native,
   dirs: Directories,
@@ -36,7 +36,7 @@ export function beginDrain(
   const flags = record.flags | (native.flags.INTERFACE_DRAINING ?? 0);
   mkdirSync(dirs.runDir, { recursive: true, mode: 0o700 });
   writeFileSync(marker(dirs), '', { mode: 0o600 });
-  native.putAttachment(state, key, { ...record, flags });
+  if (!native.replaceAttachment(state, key, { ...record, flags })) return;
   const entry = native.getInterface(state, record.interfaceId);
   if (entry !== null) native.putInterface(state, record.interfaceId, { ...entry, flags });
   for (const address of record.addresses) {

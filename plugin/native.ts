@@ -419,6 +419,8 @@ export interface Native {
   getAttachment(state: State, key: AttachmentKey): AttachmentRecord | null;
   /** E2BIG when the map is full */
   putAttachment(state: State, key: AttachmentKey, record: AttachmentRecord): void;
+  /** BPF_EXIST; false: no such record, and none is made */
+  replaceAttachment(state: State, key: AttachmentKey, record: AttachmentRecord): boolean;
   deleteAttachment(state: State, key: AttachmentKey): boolean;
   listAttachments(state: State): { key: AttachmentKey; record: AttachmentRecord }[];
 

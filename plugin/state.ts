@@ -88,6 +88,16 @@ export function enterBeside(native: Native, runDir: string): () => void {
   };
 }
 
+/** For whoever records that he is at work: the lock is there before the record is, so that it can be asked. */
+export function enterToAttach(native: Native, runDir: string): () => void {
+  try {
+    makePath(native, runDir, 0o700);
+  } catch (error) {
+    throw stepError(Code.STATE_FAILED, `create ${runDir}`, error);
+  }
+  return enterBeside(native, runDir);
+}
+
 /** Runs `body` while nobody is in beside(). Throws CniError 103. */
 export function alone<T>(native: Native, runDir: string, body: () => T): T {
   return holding(native, runDir, migrationLock(runDir), MIGRATION_TIMEOUT_MILLISECONDS, body);
@@ -99,9 +109,9 @@ export function alone<T>(native: Native, runDir: string, body: () => T): T {
  */
 export function isNobodyBeside(native: Native, runDir: string, since: number): boolean {
   const path = migrationLock(runDir);
-  // Before the lock was there nobody could hold it.
+  // Builds that attached without it: before the lock was there nobody could hold it. Records have whole seconds.
   const made = statSync(path, { throwIfNoEntry: false })?.birthtimeMs;
-  if (made === undefined || made > since * 1_000) return false;
+  if (made === undefined || Math.floor(made / 1_000) > since) return false;
   try {
     native.close(native.lockFile(path, 0));
     return true;

@@ -281,7 +281,7 @@ export class Agent {
     }
     if (!inMesh) {
       if (config.proxy.contract === 'in-pod' && this.#zds?.isLive !== true) throw this.#noZtunnel();
-      await this.steps.run(attachSteps(this.native, config, { ...target, resident: true }));
+      await this.steps.run(attachSteps(this.native, config, { ...target, resident: true, recorded: true }));
     }
     removePending(this.settings.runDir, key);
     const now = this.#withState((state) => this.native.getAttachment(state, key)) ?? record;
@@ -343,7 +343,7 @@ export class Agent {
       // So that an agent that starts without a directory tells ztunnel the same.
       this.#withState((state) => {
         const now = this.native.getAttachment(state, key);
-        if (now !== null) this.native.putAttachment(state, key, { ...now, serviceAccount });
+        if (now !== null) this.native.replaceAttachment(state, key, { ...now, serviceAccount });
       });
     }
     this.#writeCgroups();

@@ -485,11 +485,19 @@ export class Enroller {
     if (pod.annotations.get(REDIRECTION) !== 'enabled' || this.#gaps.has(pod.uid)) return;
     // One that this process has had attached, and that is recorded still, was taken out on purpose.
     if (attachment !== undefined && this.#wishes.has(pod.uid)) return;
+    if (attachment !== undefined && this.#isInForce(attachment)) return;
     this.#gaps.add(pod.uid);
     this.#count('found_open');
     const after = this.#options.config.failurePolicy === 'closed' ? 'do not go on' : 'go on so';
     const text = `its annotation says that it is redirected, and it was not: connections opened until now were direct, and ${after}`;
     this.#options.log('warn', `${pod.namespace}/${pod.name}: ${text}`, { uid: pod.uid });
+  }
+
+  /** Whoever changed what it has was killed at that, and its programs went on. */
+  #isInForce({ record }: Attachment): boolean {
+    const { native } = this.#options;
+    if (record.state !== 'attaching' || isDraining(native, record)) return false;
+    return native.getInterface(this.#state().state, record.interfaceId)?.podMac === record.podMac;
   }
 
   /** Where the pod runs, if the plugin has not seen it. null: it has no network yet. */
@@ -544,13 +552,14 @@ export class Enroller {
       shaped: false,
       egressLimited: false,
       bypassInbound: false,
+      recorded: 'record' in place,
     };
   }
 
   /** The annotation goes first; if it cannot, the pod leaves all the same, and the annotation is tried again. */
   async #leave(pod: KubernetesPod | null, attachment: Attachment, reason: string): Promise<void> {
     const { native, steps, config, log, onDetached } = this.#options;
-    const { key, record } = attachment;
+    const { key } = attachment;
     if (pod !== null) {
       this.#wishes.delete(pod.uid);
       this.#gaps.delete(pod.uid);
@@ -563,23 +572,25 @@ export class Enroller {
             (error: Error) => error,
           );
     const { state } = this.#state();
-    if (!isDraining(native, record)) {
+    // As it is now: its DEL may have run while the API server was asked.
+    let record = native.getAttachment(state, key);
+    if (record?.role === 'pod' && !isDraining(native, record)) {
       beginDrain(native, config, state, key, record);
       this.#drains.set(hex(key), performance.now());
       this.#count('drained');
       log('info', `draining ${describePod(record)}: ${reason}`, { uid: record.podUid });
     }
-    const current = native.getAttachment(state, key);
-    if (current !== null && isDraining(native, current)) {
+    record = native.getAttachment(state, key);
+    if (record !== null && isDraining(native, record)) {
       const settled = performance.now() - (this.#drains.get(hex(key)) ?? 0) > DRAIN_SETTLE_MS;
-      if (!settled || proxiedConnections(native, state, current) > 0) {
+      if (!settled || proxiedConnections(native, state, record) > 0) {
         this.#later(pod?.uid ?? record.podUid, settled ? DRAIN_CHECK_MS : DRAIN_SETTLE_MS);
       } else {
         this.#drains.delete(hex(key));
         const end = pod === null ? detachRecordSteps : endDrainSteps;
-        await steps.run(end(native, config, state, key, current));
+        await steps.run(end(native, config, state, key, record));
         this.#count('detached');
-        onDetached?.(current);
+        onDetached?.(record);
         log('info', `detached ${describePod(record)}`, { uid: record.podUid });
       }
     }
