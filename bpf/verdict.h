@@ -105,13 +105,16 @@ static __noinline int count_packet(struct __sk_buff *skb, __u32 ifindex, __u32 p
 	struct counter_key key = { .ifindex = ifindex, .program = program, .reason = reason };
 	struct counter *c = bpf_map_lookup_elem(&counters, &key);
 
+	if (!c) {
+		struct counter none = {};
+
+		/* Another CPU may be making it at this moment: then this one's fails, and there is one all the same. */
+		bpf_map_update_elem(&counters, &key, &none, BPF_NOEXIST);
+		c = bpf_map_lookup_elem(&counters, &key);
+	}
 	if (c) {
 		c->packets++;
 		c->bytes += skb->len;
-	} else {
-		struct counter first = { .packets = 1, .bytes = skb->len };
-
-		bpf_map_update_elem(&counters, &key, &first, BPF_NOEXIST);
 	}
 	report(skb, &key, p);
 	return 0;

@@ -216,22 +216,13 @@ describe('two CPUs and one set', () => {
       tcpFrame(fromPod, { address: addresses[4].pod, port }, { address: addresses[4].outside, port: 80 }, { flags });
     const answers = [0, 1].map((index) => {
       const ports = Array.from({ length: 64 }, (_, i) => 1000 * (index + 1) + i);
-      const worker = new Worker(CHURN, {
-        eval: true,
-        workerData: {
-          addon:
-            process.env.AMBIENT_REDIRECT_ADDON ??
-            join(import.meta.dirname, '../../build/Release/ambient_redirect.node'),
-          program: join(datapath.directory, 'programs', datapath.tag, 'pod_egress'),
-          frames: ports.map((port) => ({ syn: frame(port, SYN), ack: frame(port, ACK) })),
-          times: 100_000,
-          begun,
-          index,
-        },
+      return inThread<{ judged: number; lost: number }>(CHURN, {
+        program: join(datapath.directory, 'programs', datapath.tag, 'pod_egress'),
+        frames: ports.map((port) => ({ syn: frame(port, SYN), ack: frame(port, ACK) })),
+        times: 100_000,
+        begun,
+        index,
       });
-      return new Promise<{ judged: number; lost: number }>((resolve, reject) =>
-        worker.once('message', resolve).once('error', reject),
-      );
     });
     for (const { judged, lost } of await Promise.all(answers)) {
       expect(judged).toBeGreaterThan(10_000);
@@ -239,4 +230,55 @@ describe('two CPUs and one set', () => {
     }
     expect(native.directFlows(datapath.state, LO)).toHaveLength(WAYS);
   });
+
+  /** Two threads begin at one moment, round after round, with a counter that is not there. */
+  const FIRST = `const { workerData: w, parentPort } = require('node:worker_threads');
+    const m = { exports: {} };
+    process.dlopen(m, w.addon);
+    const native = m.exports;
+    const fd = native.openProgram(w.program);
+    const state = native.openState(w.state);
+    let arrivals = 0;
+    const together = () => {
+      arrivals += 2;
+      Atomics.add(w.arrived, 0, 1);
+      while (Atomics.load(w.arrived, 0) < arrivals);
+    };
+    const rounds = {};
+    for (let i = 0; i < w.rounds; i++) {
+      if (w.index === 0) native.deleteCounters(state, ${LO});
+      together();
+      native.testRun(fd, w.frame);
+      together();
+      if (w.index !== 0) continue;
+      const counted = native.counters(state).filter(({ ifindex }) => ifindex === ${LO});
+      const text = counted.map(({ reason, packets }) => reason + ' ' + packets).join();
+      rounds[text] = (rounds[text] ?? 0) + 1;
+    }
+    native.closeState(state);
+    native.close(fd);
+    parentPort.postMessage(rounds);`;
+
+  test('whose packets are the first of their kind count both', async () => {
+    const arrived = new Int32Array(new SharedArrayBuffer(4));
+    const rounds = 1_000;
+    const frame = tcpFrame(
+      fromPod,
+      { address: addresses[4].pod, port: 7 },
+      { address: addresses[4].outside, port: 80 },
+      { flags: ACK },
+    );
+    const program = join(datapath.directory, 'programs', datapath.tag, 'pod_egress');
+    const [counted] = await Promise.all(
+      [0, 1].map((index) => inThread(FIRST, { program, state: datapath.directory, arrived, rounds, frame, index })),
+    );
+    expect(counted).toEqual({ 'drop_orphaned_flow 2': rounds });
+  });
 });
+
+function inThread<T>(source: string, data: object): Promise<T> {
+  const addon =
+    process.env.AMBIENT_REDIRECT_ADDON ?? join(import.meta.dirname, '../../build/Release/ambient_redirect.node');
+  const worker = new Worker(source, { eval: true, workerData: { addon, ...data } });
+  return new Promise((resolve, reject) => worker.once('message', resolve).once('error', reject));
+}
