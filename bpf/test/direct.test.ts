@@ -191,12 +191,7 @@ describe('two CPUs and one set', () => {
    * Two threads put one flow after the other into the set, and each looks at once whether its own is there. It may have
    * given way only if the other thread has put in about as many as the set holds meanwhile; `begun` counts those.
    */
-  const CHURN = `const { workerData: w, parentPort } = require('node:worker_threads');
-    const m = { exports: {} };
-    process.dlopen(m, w.addon);
-    const native = m.exports;
-    const fd = native.openProgram(w.program);
-    let judged = 0, lost = 0;
+  const CHURN = `let judged = 0, lost = 0;
     for (let i = 0; i < w.times; i++) {
       const { syn, ack } = w.frames[i % w.frames.length];
       const before = Atomics.load(w.begun, 1 - w.index);
@@ -207,7 +202,6 @@ describe('two CPUs and one set', () => {
       judged++;
       if (verdict === ${VERDICT.DROP}) lost++;
     }
-    native.close(fd);
     parentPort.postMessage({ judged, lost });`;
 
   test('that put flows into it lose none', async () => {
@@ -232,12 +226,7 @@ describe('two CPUs and one set', () => {
   });
 
   /** Two threads begin at one moment, round after round, with a counter that is not there. */
-  const FIRST = `const { workerData: w, parentPort } = require('node:worker_threads');
-    const m = { exports: {} };
-    process.dlopen(m, w.addon);
-    const native = m.exports;
-    const fd = native.openProgram(w.program);
-    const state = native.openState(w.state);
+  const FIRST = `const state = native.openState(w.state);
     let arrivals = 0;
     const together = () => {
       arrivals += 2;
@@ -256,7 +245,6 @@ describe('two CPUs and one set', () => {
       rounds[text] = (rounds[text] ?? 0) + 1;
     }
     native.closeState(state);
-    native.close(fd);
     parentPort.postMessage(rounds);`;
 
   test('whose packets are the first of their kind count both', async () => {
@@ -276,9 +264,17 @@ describe('two CPUs and one set', () => {
   });
 });
 
-function inThread<T>(source: string, data: object): Promise<T> {
+/** What `source` posts to `parentPort`; it has `native`, `data` as `w`, and a descriptor `fd` of the pinned w.program. */
+function inThread<T>(source: string, data: { program: string } & Record<string, unknown>): Promise<T> {
   const addon =
     process.env.AMBIENT_REDIRECT_ADDON ?? join(import.meta.dirname, '../../build/Release/ambient_redirect.node');
-  const worker = new Worker(source, { eval: true, workerData: { addon, ...data } });
+  const whole = `const { workerData: w, parentPort } = require('node:worker_threads');
+    const m = { exports: {} };
+    process.dlopen(m, w.addon);
+    const native = m.exports;
+    const fd = native.openProgram(w.program);
+    ${source}
+    native.close(fd);`;
+  const worker = new Worker(whole, { eval: true, workerData: { addon, ...data } });
   return new Promise((resolve, reject) => worker.once('message', resolve).once('error', reject));
 }
